@@ -1,0 +1,40 @@
+"""The exceptions of this package, few and specific.
+
+Bad arguments raise the built-in `TypeError` and `ValueError`. The classes here are for what only this package can
+know: something the recorder could not follow, a replay that did not give what the user's code gave, a tensor that
+changed since it was recorded, a derivative of a derivative through a checkpointed context.
+"""
+
+from __future__ import annotations
+
+
+class LowmemError(RuntimeError):
+    """Base of this package's own errors.
+
+    Example:
+        >>> issubclass(RecordError, LowmemError) and issubclass(LowmemError, RuntimeError)
+        True
+    """
+
+
+class RecordError(LowmemError):
+    """The step cannot be replayed, because the recorder did not see how a tensor was made (rule R9).
+
+    The way out that always works is `diffopt.step(fn, *args)`: the engine then runs `fn` itself.
+    """
+
+
+class ReplayMismatchError(LowmemError):
+    """A replayed step differs from what the user's code computed (rule R10)."""
+
+
+class ExternalModifiedError(LowmemError):
+    """A tensor that a recorded step reads was changed in place before the step was replayed (rule R4)."""
+
+
+class HigherOrderError(LowmemError):
+    """`create_graph=True` went through a checkpointed context, whose backward is first order."""
+
+
+class HistoryFreedError(LowmemError):
+    """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""
