@@ -1,0 +1,85 @@
+"""The command line: `python -m lowmem_higher demo`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lowmem_higher.demo.options import OptionError, add_arguments, options_from
+
+_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+_FAILED, _BAD_OPTIONS, _INTERRUPTED = 1, 2, 130
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_BAD_OPTIONS, f"{self.prog}: {' '.join(message.split())} (see --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: Those after the program's name; by default from the command line.
+
+    Returns:
+        The exit code: 0 if all went well, 1 if the job could not be done, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: With code 2 for bad options, after one line on stderr; with code 0 after `--help`.
+    """
+    parser = _OneLineParser(
+        prog="python -m lowmem_higher",
+        description="Exact meta-gradients through long inner loops, in little memory.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
+    what = "learn which training labels are wrong, and compare memory, time and gradient with the full unroll"
+    demo = commands.add_parser("demo", help=what, description=what, allow_abbrev=False)
+    add_arguments(demo)
+    parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        return 0
+    if missing := _missing_extras():
+        print(f'{demo.prog}: needs {", ".join(missing)}: pip install "lowmem_higher[demo]"', file=sys.stderr)
+        return _FAILED
+    try:
+        return _demo(parsed)
+    except OptionError as error:
+        demo.error(str(error))
+    except KeyboardInterrupt:
+        print(f"\n{demo.prog}: interrupted, nothing was saved", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from lowmem_higher.demo import job  # needs the extras
+    from lowmem_higher.demo.metalearning import DivergedError
+
+    options = options_from(parsed)
+    try:
+        job.run(options)
+    except (DivergedError, OSError) as error:
+        print(f"python -m lowmem_higher demo: {error}", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def _missing_extras() -> list[str]:
+    missing = []
+    for module, package in _EXTRAS.items():
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            missing.append(package)
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Progress bars on stderr that count passes through the model, so that they also move during the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+CHECKPOINTED_PASSES = 3
+"""Passes a step with checkpoints, at most: the user's loop, one first-order replay, the step that is differentiated."""
+
+
+@dataclass
+class Progress:
+    """The bar of the current phase. The model calls `tick` in its forward, which the replays call as well."""
+
+    silent: bool = False
+    _bar: tqdm[None] | None = field(default=None, repr=False)
+
+    @contextmanager
+    def phase(self, name: str, passes: int) -> Iterator[None]:
+        """Shows a bar for a part of the job that takes about `passes` model passes."""
+        with tqdm(
+            total=passes,
+            desc=name,
+            unit="pass",
+            unit_scale=True,
+            mininterval=0.2,
+            bar_format="{desc:<28} {percentage:3.0f}% |{bar:30}| {elapsed} elapsed, {remaining} to go",
+            disable=self.silent,
+        ) as self._bar:
+            yield
+            self.reach(passes)
+        self._bar = None
+
+    def tick(self) -> None:
+        """One more model pass."""
+        if self._bar is not None and self._bar.n < (self._bar.total or 0):
+            self._bar.update()
+
+    @property
+    def passes(self) -> int:
+        """Where the bar stands."""
+        return 0 if self._bar is None else int(self._bar.n)
+
+    def reach(self, passes: int) -> None:
+        """Moves the bar to `passes`: the number of passes is known only as an upper bound beforehand."""
+        if self._bar is not None:
+            self._bar.update(passes - self._bar.n)

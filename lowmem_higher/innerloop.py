@@ -1,0 +1,172 @@
+"""innerloop_ctx: checks the arguments and wires the parts together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_higher.live_module import LiveModule
+from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
+from lowmem_higher.patch import FunctionalModule, call_submodules_through, make_functional_copy
+from lowmem_higher.record import recorder
+from lowmem_higher.report import Report
+from lowmem_higher.schedule import Periodic
+from lowmem_higher.trajectory import Ledger, Trajectory
+
+_CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keywords of `innerloop_ctx` that say how gradients are computed, checked."""
+
+    checkpoint_every: int | None = None
+    replay: str = "native"
+    pullback: str = "reverse"
+    verify: str = "new"
+
+    def __post_init__(self) -> None:
+        every = self.checkpoint_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+            raise TypeError(
+                f"checkpoint_every={every!r} is a {type(every).__name__}; it must be a whole number of steps, as in "
+                "checkpoint_every=10, or None for the full unroll."
+            )
+        if every is not None and every < 1:
+            raise ValueError(
+                f"checkpoint_every={every} must be at least 1: a carry is kept every so many steps. Use "
+                "checkpoint_every=10, or None for the full unroll."
+            )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                allowed = " or ".join(repr(choice) for choice in choices)
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it can be {allowed}.")
+
+
+class Unrolled:
+    """Counts the steps of a full unroll, which runs each with its graph, in the loop."""
+
+    program = None
+
+    def __init__(self, tracked: bool) -> None:
+        self._ledger = Ledger()
+        self._count = self._ledger.count_second_order if tracked else self._ledger.count_first_order
+        self._entered = time.perf_counter()
+
+    def count_step(self) -> None:
+        """Count one step."""
+        self._count()
+        self._ledger.steps += 1
+        self._ledger.forward_seconds = time.perf_counter() - self._entered
+
+    @property
+    def report(self) -> Report:
+        """What the run has cost so far."""
+        return self._ledger.report(externals_bytes=0)
+
+
+@contextmanager
+def innerloop_ctx(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    device: torch.device | str | None = None,
+    copy_initial_weights: bool = True,
+    override: Mapping[str, Sequence[Any]] | None = None,
+    track_higher_grads: bool = True,
+    *,
+    checkpoint_every: int | None = None,
+    replay: str = "native",
+    pullback: str = "reverse",
+    verify: str = "new",
+) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
+    """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
+
+    Inside the context write an ordinary training loop with `fmodel` for the model and `diffopt.step(loss)` for the
+    optimizer; then differentiate any loss of the result with respect to anything that requires grad and took part.
+
+    Args:
+        model: The model; it is not changed.
+        opt: A torch optimizer over (some of) the model's parameters; its state is taken over, it is not changed.
+        device: Where fast weights, buffers and optimizer state go; `None` leaves them where they are.
+        copy_initial_weights: True (as in `higher`): the initial fast weights are detached copies, and
+            `model.parameters()` get no gradient. False: gradients reach `model.parameters()`.
+        override: `{hyperparameter: [value]}` or one value per parameter group; tensors get gradients.
+        track_higher_grads: False records no graph at all, for evaluation.
+        checkpoint_every: `None` is the full unroll: any order of derivative, memory that grows with every step. N keeps
+            the weights of every N-th step only, and recomputes the rest during the outer backward: the same gradient.
+        replay: "native" recomputes the weights first, then differentiates one step at a time. "torch" rebuilds a
+            segment through `torch.utils.checkpoint`; slower, an independent check.
+        pullback: "reverse", reverse over reverse mode.
+        verify: Which replays are compared with what your code computed. "new": some of each new step program (its
+            1st, 2nd, 4th, 8th ... use); "all"; "off".
+
+    Yields:
+        `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
+
+    Raises:
+        TypeError, ValueError: An argument cannot be used; the message says what can.
+
+    Memory:
+        With c = `checkpoint_every`, T steps, |carry| the bytes of fast weights, optimizer state and buffers, and G
+        one step's second-order graph: `(ceil(T/c) + c) |carry| + G`, and the tensors that your loop hands in from
+        outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`.
+
+    Passes:
+        At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
+
+    Example:
+        >>> import torch, lowmem_higher as higher
+        >>> net = torch.nn.Linear(3, 1)
+        >>> opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
+        >>> with higher.innerloop_ctx(net, opt, copy_initial_weights=False, checkpoint_every=10) as (fnet, diffopt):
+        ...     for _ in range(100):
+        ...         diffopt.step((fnet(x) - y).square().mean())
+        ...     fnet(x).mean().backward()
+        >>> net.weight.grad.shape
+        torch.Size([1, 3])
+
+    References:
+        Grefenstette et al., Generalized inner loop meta-learning, arXiv 1910.01727 (`higher`).
+        Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26(1), 2000 (checkpointing of adjoint computations).
+    """
+    settings = Settings(checkpoint_every, replay, pullback, verify)
+    where = None if device is None else torch.device(device)
+    fmodel = make_functional_copy(model, where, copy_initial_weights, track_higher_grads)
+    diffopt = get_diff_optim(
+        opt,
+        model.parameters(),
+        fmodel=fmodel,
+        device=where,
+        override=override,
+        track_higher_grads=track_higher_grads,
+    )
+    if settings.checkpoint_every is None or not track_higher_grads:
+        diffopt.follow(None, Unrolled(track_higher_grads))
+        yield fmodel, diffopt
+        return
+    trajectory = _checkpointed(model, fmodel, diffopt, settings)
+    trajectory.open()
+    try:
+        yield fmodel, diffopt
+    finally:
+        trajectory.close()
+
+
+def _checkpointed(
+    model: nn.Module, fmodel: FunctionalModule, diffopt: DifferentiableOptimizer, settings: Settings
+) -> Trajectory:
+    assert settings.checkpoint_every is not None
+    live = LiveModule(model, fmodel, recorder())
+    trajectory = Trajectory(
+        diffopt, live, recorder(), Periodic(settings.checkpoint_every), settings.replay, settings.verify
+    )
+    call_submodules_through(fmodel, live)
+    diffopt.follow(trajectory, trajectory)
+    return trajectory

@@ -1,0 +1,164 @@
+"""The model under `checkpoint_every`: its calls while the user's loop runs, and its twin that replays use.
+
+The fmodel is the user's: it holds the current weights and whatever the user sets on it. Replays run on a *twin*, a
+second copy of the structure, which holds weights only while a replay runs. So a replay never touches what the user
+sees (rules R3, R12), and nothing that is kept for the backward leads back to the fmodel.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowmem_higher.errors import RecordError, ReplayMismatchError
+from lowmem_higher.patch import FunctionalModule, ParameterSlots, copy_structure, weights_follow_recompute
+from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
+from lowmem_higher.replay_state import ModuleState, capture_rng, same_rng
+from lowmem_higher.structure import flatten, tensors_in
+from lowmem_higher.watch import Watcher
+
+
+class Twin:
+    """A copy of the model's structure in which replays run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root = copy_structure(model)
+        self.slots = ParameterSlots(self.root)
+        self.modules = list(self.root.modules())
+        self.slots.install([None] * len(self.slots))
+        self.slots.install_buffers([None] * len(self.slots.buffers))
+
+    def run(
+        self,
+        target: str | Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        weights: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        state: ModuleState,
+        stand_ins: dict[int, Tensor],
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """Call a submodule, or a function of the model, as it was called then; returns the result and the new buffers."""
+        own_buffers = [buffer.clone() for buffer in buffers]
+        given = [*weights, *own_buffers, *tensors_in((args, kwargs))]
+        watcher = Watcher(given, stand_ins)
+        with ExitStack() as stack:
+            stack.enter_context(self.slots.installed(weights, own_buffers))
+            stack.enter_context(state.applied(self.modules))
+            stack.enter_context(weights_follow_recompute(self.slots, weights, lambda: Watcher(given, stand_ins).on()))
+            stack.enter_context(watcher.on())
+            module = self.root.get_submodule(target) if isinstance(target, str) else None
+            out = module(*args, **kwargs) if module is not None else target(self.root, *args, **kwargs)  # type: ignore[operator]
+            new_buffers = tuple(self.slots.read_buffers())
+        if watcher.found:
+            shapes = [tuple(tensor.shape) for tensor in watcher.found]
+            raise ReplayMismatchError(
+                f"The replay of {describe(target)} read {len(shapes)} tensor(s) that require grad and that it did not "
+                f"read while your loop ran, of shapes {shapes}. A global or an attribute of another object was "
+                "probably set to a new tensor in between. Pass the tensor as an argument: fmodel(x, tensor)."
+            )
+        return out, new_buffers
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """The call of a submodule by its path ("" is the model itself), or of a function of the model."""
+
+    twin: Twin
+    target: str | Any
+
+    @property
+    def __name__(self) -> str:
+        return describe(self.target)
+
+
+def describe(target: str | Callable[..., Any]) -> str:
+    """How a call of the model reads in a printed program."""
+    if isinstance(target, str):
+        return f"fmodel.{target}" if target else "fmodel"
+    return getattr(target, "__qualname__", type(target).__name__)
+
+
+class LiveModule:
+    """Runs and records the calls of one fmodel."""
+
+    def __init__(self, model: nn.Module, fmodel: FunctionalModule, recorder: Recorder) -> None:
+        self.twin = Twin(model)
+        self.recorder = recorder
+        self._state: ModuleState | None = None
+        self._visible_versions: list[tuple[int, int]] = []
+        self.buffers = BufferState(())
+        self._freeze(fmodel._view.slots, None)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a recorded call is running now."""
+        return self.recorder.inside
+
+    def call_module(
+        self, fmodel: FunctionalModule, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a submodule of the fmodel and record the call as one node, unless it is part of such a call."""
+        if self.recorder.inside:
+            return run(*args, **kwargs)
+        out, _ = self.call(fmodel, path, run, args, kwargs)
+        return out
+
+    def call(
+        self,
+        fmodel: FunctionalModule,
+        target: str | Callable[..., Any],
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, Node]:
+        """Run `run(*args, **kwargs)` with the current weights in place; returns the result and the node."""
+        recorder, view = self.recorder, fmodel._view
+        leaves: list[Any] = []
+        structure = flatten((args, kwargs), leaves)
+        buffers = self.current_buffers(fmodel)
+        self._state = ModuleState.capture(fmodel, self._state)
+        given = [*view.current, *view.slots.read_buffers(), *tensors_in((args, kwargs))]
+        watcher = Watcher(given, inner_leaves=recorder.inner_leaves)
+        inside = Inside(view.current, buffers, self._state, watcher.found, [])
+        node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
+        rng = capture_rng(recorder.devices)
+        with recorder.watching(watcher), weights_follow_recompute(view.slots, view.current):
+            out = run(*args, **kwargs)
+        if not same_rng(rng, capture_rng(recorder.devices)):
+            node.rng = rng
+        inside.found_versions = [version_of(tensor) for tensor in watcher.found]
+        if self._visible_changed(view.slots):
+            self._freeze(view.slots, node)
+        if recorder.active:
+            recorder.add(node, tensors_in(out))
+        return out, node
+
+    def current_buffers(self, fmodel: FunctionalModule) -> BufferState:
+        """The buffers as they are now, as a state that nothing writes into."""
+        slots = fmodel._view.slots
+        if self._visible_changed(slots):  # by the user, between two calls
+            self._freeze(slots, None)
+        return self.buffers
+
+    def _freeze(self, slots: ParameterSlots, producer: Node | None) -> None:
+        visible = slots.read_buffers()
+        if any(buffer.requires_grad for buffer in visible):
+            raise RecordError(
+                "A buffer of the model requires grad after a forward, so a gradient would flow from step to step "
+                "through it, which a checkpointed context does not follow. Return the tensor from forward and pass it "
+                "to the next call, or use checkpoint_every=None."
+            )
+        self._visible_versions = [(id(buffer), version_of(buffer)) for buffer in visible]
+        self.buffers = BufferState(
+            tuple(buffer.detach().clone() for buffer in visible), None if producer is None else weakref.ref(producer)
+        )
+
+    def _visible_changed(self, slots: ParameterSlots) -> bool:
+        return [(id(buffer), version_of(buffer)) for buffer in slots.read_buffers()] != self._visible_versions

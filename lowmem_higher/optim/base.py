@@ -1,0 +1,365 @@
+"""The differentiable optimizer: what every update rule shares.
+
+NOTE [ Pure update rules ]
+
+`torch.optim` steps write into parameters and state, and detach on the way; neither can be differentiated or replayed.
+Here an update rule is a pure function of one parameter:
+
+    new_param, new_state = rule(param, grad, state, group)
+
+`state` holds what the rule keeps between steps (a momentum buffer, a step count), `group` the hyperparameters. The
+rule changes nothing in place. Every float hyperparameter may be a tensor, and then it gets a gradient. The same
+function serves the user's step, its replays and its pullback: `advance` below applies it to all parameters, and knows
+nothing of where its inputs come from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem_higher.report import Report
+
+ParamState = Mapping[str, Any]
+State = list[dict[int, dict[str, Any]]]
+Group = dict[str, Any]
+Gradients = Sequence[Tensor | None]
+GradCallback = Callable[[list[Tensor | None]], Gradients]
+
+
+class Executor(Protocol):
+    """Who carries out a step that is to be replayed later (the trajectory of a checkpointed context)."""
+
+    def step(
+        self,
+        optimizer: DifferentiableOptimizer,
+        loss: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        callback: GradCallback | None,
+    ) -> None:
+        """Take one step from `loss`, or from the function `loss` called with `args` and `kwargs`."""
+
+
+class Run(Protocol):
+    """What knows the cost of a run, and the program of its last step."""
+
+    @property
+    def report(self) -> Report:
+        """What the run has cost so far."""
+
+    @property
+    def program(self) -> object | None:
+        """The last recorded step."""
+
+    def count_step(self) -> None:
+        """Count one step of the full unroll."""
+
+
+class DifferentiableOptimizer:
+    """An optimizer whose steps can be differentiated through. Made by `innerloop_ctx`, one subclass per rule.
+
+    Args:
+        other: The torch optimizer whose hyperparameters and state are taken over; its state is copied (a warm start).
+        reference_params: The model's parameters, in the order of `fmodel.parameters()`.
+        fmodel: The functional model that receives the new fast weights.
+        device: Where the copied state goes; `None` leaves it where it is.
+        override: `{hyperparameter: [value]}` or one value per parameter group; tensors get gradients.
+        grad_callback: Called with the gradients of each step (None for frozen and unused parameters), returns those to use.
+        track_higher_grads: Whether steps record the graph that differentiates through them.
+
+    Raises:
+        ValueError: An optimized parameter is not among `reference_params`, or `override` has another length.
+
+    Memory:
+        The full unroll keeps every step's graph. Under `checkpoint_every` a step leaves small objects only.
+
+    Example:
+        >>> import torch, lowmem_higher as higher
+        >>> net = torch.nn.Linear(2, 1)
+        >>> with higher.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.1)) as (fnet, diffopt):
+        ...     new_params = diffopt.step(fnet(torch.ones(3, 2)).square().mean())
+        >>> [tuple(p.shape) for p in new_params]
+        [(1, 2), (1,)]
+    """
+
+    def __init__(
+        self,
+        other: torch.optim.Optimizer,
+        reference_params: Iterable[Tensor],
+        fmodel: Any = None,
+        device: torch.device | None = None,
+        override: Mapping[str, Sequence[Any]] | None = None,
+        grad_callback: GradCallback | None = None,
+        track_higher_grads: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        reference = list(reference_params)
+        position = {id(param): index for index, param in enumerate(reference)}
+        self.param_groups: list[Group] = []
+        self.state: State = []
+        self._group_to_param_list: list[list[int]] = []
+        for group in other.param_groups:
+            if any(id(param) not in position for param in group["params"]):
+                raise ValueError(
+                    "The optimizer holds a parameter that is not one of the model's, so its step would change nothing "
+                    "in the model. Build it from the same model: opt = torch.optim.SGD(model.parameters(), lr=...)."
+                )
+            indices = [position[id(param)] for param in group["params"]]
+            self._group_to_param_list.append(indices)
+            self.param_groups.append(
+                {"params": [None] * len(indices), **{k: v for k, v in group.items() if k != "params"}}
+            )
+            self.state.append(
+                {
+                    index: _copied_state(other.state[param], device)
+                    for index, param in enumerate(group["params"])
+                    if other.state.get(param)
+                }
+            )
+        self._fmodel = fmodel
+        self._grad_callback = grad_callback
+        self._track_higher_grads = track_higher_grads
+        self._executor: Executor | None = None
+        self._run: Run | None = None
+        if override is not None:
+            self._apply_override(override)
+
+    def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        """The pure update rule of one parameter; see NOTE [ Pure update rules ]."""
+        raise NotImplementedError(f"{type(self).__name__} has no update rule: override `update`.")
+
+    def advance(
+        self, params: Sequence[Tensor], grads: Gradients, state: State, groups: Sequence[Group]
+    ) -> tuple[list[Tensor], State]:
+        """Apply the rule to every parameter that has a gradient; the others stay the same objects."""
+        new_params, new_state = list(params), [dict(group_state) for group_state in state]
+        for group_index, (group, indices) in enumerate(zip(groups, self._group_to_param_list, strict=True)):
+            group = {key: _as_scalar(value) for key, value in group.items()}
+            for position, index in enumerate(indices):
+                grad = grads[index]
+                if grad is not None:
+                    old = state[group_index].get(position, {})
+                    new_params[index], new_state[group_index][position] = self.update(params[index], grad, old, group)
+        return new_params, new_state
+
+    def step(
+        self,
+        loss: Tensor | Callable[..., Tensor],
+        *args: Any,
+        override: Mapping[str, Sequence[Any]] | None = None,
+        grad_callback: GradCallback | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """Take one optimizer step and make its result the current fast weights.
+
+        Args:
+            loss: A scalar tensor that depends on the current fast weights; or a function, which is then called as
+                `loss(fmodel, *args, **kwargs)` and must return one. Under `checkpoint_every` the function is called
+                again at each replay. It must therefore take what changes from step to step as *arguments*: a variable
+                captured by a closure has its last value by then.
+            args: Passed to the function. Tensors are held by reference until the outer backward.
+            override: Replaces hyperparameters, for this step and those that follow, as in `higher`.
+            grad_callback: Replaces the optimizer's own callback in this step.
+            kwargs: Passed to the function.
+
+        Returns:
+            All current fast weights, in the order of `fmodel.parameters()`.
+
+        Raises:
+            TypeError: `loss` is neither a tensor nor callable.
+            ValueError: It is not a scalar, not finite, has no graph, or does not depend on the fast weights.
+            RecordError: Under `checkpoint_every`: the recorder could not follow how `loss` was made.
+
+        Memory:
+            Cost in passes: one forward and one backward of the loss. Under `checkpoint_every` the outer backward adds
+            at most one more first-order pass, and one second-order pass.
+
+        Example:
+            >>> import torch, lowmem_higher as higher
+            >>> net = torch.nn.Linear(2, 1)
+            >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
+            >>> def inner_loss(fnet, x):
+            ...     return fnet(x).square().mean()
+            >>> with higher.innerloop_ctx(net, opt, checkpoint_every=2) as (fnet, diffopt):
+            ...     for scale in range(1, 4):
+            ...         _ = diffopt.step(inner_loss, torch.full((3, 2), float(scale)))
+            >>> diffopt.report.steps
+            3
+        """
+        if not callable(loss) and (args or kwargs):
+            raise TypeError(
+                "step(loss) got further arguments besides a tensor; they belong to step(fn, *args, **kwargs), where "
+                "fn(fmodel, *args, **kwargs) computes the loss. Write step(loss, override=..., grad_callback=...)."
+            )
+        if override is not None:
+            self._apply_override(override)
+        callback = grad_callback or self._grad_callback
+        if self._executor is not None:
+            self._executor.step(self, loss, args, kwargs, callback)
+        else:
+            self._unrolled_step(loss(self._fmodel, *args, **kwargs) if callable(loss) else loss, callback)
+        return list(self._fmodel.parameters())
+
+    def _unrolled_step(self, loss: Tensor, callback: GradCallback | None) -> None:
+        """The full unroll: every step's graph stays alive, as in `higher`."""
+        check_loss(loss)
+        params = list(self._fmodel.parameters())
+        track = self._track_higher_grads
+        grads = gradients(loss, params, create_graph=track)
+        if callback is not None:
+            grads = list(callback(grads))
+        with torch.set_grad_enabled(track):
+            new_params, self.state = self.advance(params, grads, self.state, self.param_groups)
+        if not track:
+            new_params = [
+                new if new is old else new.detach().requires_grad_() for new, old in zip(new_params, params, strict=True)
+            ]
+        self._fmodel.update_params(new_params)
+        if self._run is not None:
+            self._run.count_step()
+
+    def follow(self, executor: Executor | None, run: Run) -> None:
+        """Let `executor` carry out the steps (None: the full unroll), and `run` say what they cost."""
+        self._executor, self._run = executor, run
+
+    def rules_only(self) -> DifferentiableOptimizer:
+        """A copy that can `advance` and holds no tensor: what a replay needs of the optimizer."""
+        rules = copy.copy(self)
+        rules.state, rules.param_groups = [], []
+        rules._fmodel = rules._grad_callback = rules._executor = rules._run = None
+        return rules
+
+    @property
+    def report(self) -> Report:
+        """What the run has cost so far, in passes, bytes and seconds: a `Report`, current at each reading."""
+        return Report() if self._run is None else self._run.report
+
+    @property
+    def program(self) -> object | None:
+        """The last recorded step; `print(diffopt.program)` shows it as code. None without `checkpoint_every`.
+
+        Example:
+            >>> import torch, lowmem_higher as higher
+            >>> net = torch.nn.Linear(2, 1)
+            >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
+            >>> with higher.innerloop_ctx(net, opt, checkpoint_every=2) as (fnet, diffopt):
+            ...     _ = diffopt.step(fnet(torch.ones(3, 2)).square().mean())
+            >>> print(diffopt.program)
+            def step_program(weights, externals, numbers):
+                v0 = fmodel(externals[0])
+                v1 = torch.Tensor.square(v0)
+                v2 = torch.Tensor.mean(v1)
+                return v2
+        """
+        return None if self._run is None else self._run.program
+
+    def _apply_override(self, override: Mapping[str, Sequence[Any]]) -> None:
+        for key, values in override.items():
+            if len(values) not in (1, len(self.param_groups)):
+                raise ValueError(
+                    f"override[{key!r}] has {len(values)} values; it needs 1, or one for each of the "
+                    f"{len(self.param_groups)} parameter groups, as in override={{{key!r}: [value]}}."
+                )
+            for index, group in enumerate(self.param_groups):
+                group[key] = values[0] if len(values) == 1 else values[index]
+
+    def __repr__(self) -> str:
+        shown = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return f"{type(self).__name__}({len(shown)} parameter group(s), {shown})"
+
+
+def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> list[Tensor | None]:
+    """The gradient of `loss` for each parameter that requires grad, None for frozen and for unused ones.
+
+    Raises:
+        ValueError: `loss` depends on none of them.
+    """
+    wanted = [index for index, param in enumerate(params) if param.requires_grad]
+    found = torch.autograd.grad(
+        loss, [params[index] for index in wanted], create_graph=create_graph, retain_graph=True, allow_unused=True
+    ) if wanted else ()
+    grads: list[Tensor | None] = [None] * len(params)
+    for index, grad in zip(wanted, found, strict=True):
+        grads[index] = grad
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            "The loss does not depend on the current fast weights, so the step would change nothing. Compute it with "
+            "the functional model of this context (fmodel(x), not model(x)), after the previous step."
+        )
+    return grads
+
+
+def check_loss(loss: object) -> None:
+    """Refuse what no step can be taken from: anything but a finite scalar tensor with a graph."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"step(loss) needs a scalar tensor or a function that returns one, and got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"The loss has shape {tuple(loss.shape)}; a step needs a scalar: diffopt.step(loss.mean()).")
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss has no graph: it does not require grad. Was it computed under torch.no_grad(), or detached? "
+            "Compute it with fmodel(x) where gradients are enabled."
+        )
+    if not torch.isfinite(loss.detach()).all():
+        raise ValueError(
+            f"The loss is {loss.item()}: training has diverged, and every later gradient would be NaN. Lower the inner "
+            "learning rate, or clip with grad_callback; to stop early, test torch.isfinite(loss) before the step."
+        )
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """The square root, with derivative 0 at 0 instead of infinity.
+
+    A second moment of 0 (a parameter that never got a gradient) is a constant of the run, but the chain rule would
+    multiply its zero derivative by infinity and give NaN.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.sqrt()
+    positive = x > 0
+    return torch.where(positive, x, 1.0).sqrt() * positive
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is the number 0; a tensor never is, since it may get a gradient."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def descend(param: Tensor, direction: Tensor, rate: Any) -> Tensor:
+    """`param - rate * direction`, in one kernel where `rate` is a number."""
+    if isinstance(rate, Tensor):
+        return param - rate * direction
+    return param.sub(direction, alpha=rate)
+
+
+def lerp(old: Tensor, new: Tensor, weight_of_old: Any) -> Tensor:
+    """`weight_of_old * old + (1 - weight_of_old) * new`: one step of a moving average."""
+    if isinstance(weight_of_old, Tensor):
+        return weight_of_old * old + (1 - weight_of_old) * new
+    return (weight_of_old * old).add(new, alpha=1 - weight_of_old)
+
+
+def _as_scalar(value: Any) -> Any:
+    """A one-element tensor as a 0-dimensional one, so that it broadcasts without changing a parameter's shape."""
+    if isinstance(value, Tensor) and value.ndim:
+        return value.reshape(())
+    if isinstance(value, (tuple, list)):
+        return type(value)(_as_scalar(item) for item in value)
+    return value
+
+
+def _copied_state(state: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
+    """A detached copy of one parameter's torch.optim state; counters become Python numbers."""
+    copied: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            copied[key] = value
+        elif key == "step":
+            copied[key] = int(value.item())
+        else:
+            copied[key] = value.detach().clone().to(device or value.device)
+    return copied

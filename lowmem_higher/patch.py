@@ -1,0 +1,367 @@
+"""fmodel: a functional view of a module, whose parameters are the fast weights of the inner loop.
+
+The view is a copy of the module's *structure*: the submodules are new objects, and where they held parameters they now
+hold the current fast weights, plain tensors with a graph. Every way to reach a weight (`fmodel(x)`, `fmodel.encoder(x)`,
+`fmodel.encoder.weight`) therefore reads the current one. The view keeps the history of the weights by *time*, the number
+of updates so far; a `Past` entry stands for weights that are recomputed on request.
+
+`FunctionalView` is the book-keeping behind an fmodel; `make_functional_copy` builds both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Slots = list[tuple[weakref.ref[nn.Module], str]]
+
+
+class Past(Protocol):
+    """Weights of an earlier time that are not held: they are recomputed when asked for."""
+
+    @property
+    def updated(self) -> tuple[int, ...]:
+        """The weights that changed at that time; the others are those of the time before."""
+
+    def weights(self) -> dict[int, Tensor]:
+        """Those weights by index, connected to the graph."""
+
+
+class ModuleCaller(Protocol):
+    """Who runs a call of the fmodel or of one of its submodules under `checkpoint_every` (the recorder)."""
+
+    def call_module(
+        self, fmodel: FunctionalModule, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the submodule at `path` of `fmodel` and record the call as one node."""
+
+
+class FunctionalView:
+    """The weights of one fmodel: where they sit in the module, the current ones, and those of earlier times."""
+
+    def __init__(self, root: nn.Module, weights: Sequence[Tensor], track: bool) -> None:
+        self.slots = ParameterSlots(root)
+        self.track = track
+        self.caller: ModuleCaller | None = None
+        self.history: list[list[Tensor] | Past] = []
+        self.current: list[Tensor] = []
+        self.append(weights)
+
+    def append(self, weights: Sequence[Tensor], entry: Past | None = None) -> None:
+        """Make `weights` the current ones, one time later; `entry` stands for them in the history if given."""
+        if len(weights) != len(self.slots):
+            raise ValueError(f"The model has {len(self.slots)} parameters, and {len(weights)} new ones were given.")
+        self.current = list(weights)
+        self.slots.install(self.current)
+        if not self.track:
+            self.history.clear()
+        self.history.append(self.current if entry is None else entry)
+
+    def at(self, time: int | None) -> list[Tensor]:
+        """The weights of a time, counted from the start or, if negative, from the end."""
+        if time is None:
+            return self.current
+        if not self.track:
+            if time not in (-1, 0):
+                raise ValueError(f"time={time} was asked for, but track_higher_grads=False keeps only the current weights.")
+            return self.current
+        times = len(self.history)
+        if not -times <= time < times:
+            raise IndexError(f"time={time} is out of range: this fmodel has the times 0 to {times - 1} (or -{times} to -1).")
+        if time % times == times - 1:
+            return self.current
+        found: dict[int, Tensor] = {}
+        for entry in reversed(self.history[: time % times + 1]):
+            if isinstance(entry, list):
+                return [found.get(index, weight) for index, weight in enumerate(entry)]
+            if not found.keys() >= set(entry.updated):
+                found = entry.weights() | found
+            if len(found) == len(self.slots):
+                break
+        return [found[index] for index in range(len(self.slots))]
+
+
+class ParameterSlots:
+    """Where the distinct parameters and the buffers of a module sit, so that other tensors can take their place.
+
+    Modules are held weakly. An fmodel leads to its view and its weights, and weights lead through the graph to all
+    that a step keeps: a way back to the fmodel would be a cycle, and free nothing until the garbage collector ran.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        named = dict(root.named_parameters())
+        place = {id(param): index for index, param in enumerate(named.values())}
+        self.names = list(named)
+        self.params: list[Slots] = [[] for _ in named]
+        self.buffers: Slots = []
+        self.recurrent: list[weakref.ref[nn.RNNBase]] = []
+        for module in root.modules():
+            here = weakref.ref(module)
+            for name, param in module._parameters.items():
+                if param is not None:
+                    self.params[place[id(param)]].append((here, name))
+            self.buffers += [(here, name) for name, buffer in module._buffers.items() if buffer is not None]
+            if isinstance(module, nn.RNNBase):
+                self.recurrent.append(weakref.ref(module))
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def install(self, weights: Sequence[Tensor | None]) -> None:
+        """Put one tensor in the place of each parameter (shared ones in all their places)."""
+        for slots, weight in zip(self.params, weights, strict=True):
+            for module, name in slots:
+                _alive(module)._parameters[name] = cast(nn.Parameter, weight)
+        for module in map(_alive, self.recurrent):  # RNNs read their weights through a list of their own
+            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+    def read_buffers(self) -> list[Tensor]:
+        """The buffers that sit in the module now."""
+        return [cast(Tensor, _alive(module)._buffers[name]) for module, name in self.buffers]
+
+    def install_buffers(self, buffers: Sequence[Tensor | None]) -> None:
+        """Put one tensor in the place of each buffer."""
+        for (module, name), buffer in zip(self.buffers, buffers, strict=True):
+            _alive(module)._buffers[name] = buffer
+
+    @contextmanager
+    def installed(self, weights: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
+        """Put these tensors in place inside the block, and what was there back after it."""
+        weights_before = [_alive(slots[0][0])._parameters[slots[0][1]] for slots in self.params]
+        buffers_before = self.read_buffers()
+        try:
+            self.install(weights)
+            self.install_buffers(buffers)
+            yield
+        finally:
+            self.install(weights_before)
+            self.install_buffers(buffers_before)
+
+
+def _alive(module: weakref.ref[AnyModule]) -> AnyModule:
+    found = module()
+    if found is None:
+        raise ReferenceError("The functional model of this context was deleted; keep a reference to fmodel.")
+    return found
+
+
+class FunctionalModule(nn.Module):
+    """What an fmodel can do beyond its model: it keeps the fast weights of the inner loop, by time.
+
+    `time` counts weight updates (steps, `update_params`, `fast_params = ...`, `fmodel(x, params=...)`), from 0 for the
+    initial weights; -1 is the current one. Under `checkpoint_every` the weights of a past time are recomputed on
+    request (at most `checkpoint_every` first-order runs) and are connected to the graph: use them in a forward, or ask
+    for the gradient with respect to them.
+
+    Example:
+        >>> import torch, lowmem_higher as higher
+        >>> net = torch.nn.Linear(2, 1)
+        >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> with higher.innerloop_ctx(net, opt, checkpoint_every=2) as (fnet, diffopt):
+        ...     for _ in range(5):
+        ...         _ = diffopt.step(fnet(torch.ones(3, 2)).square().mean())
+        ...     outer = fnet(torch.ones(1, 2)).sum()
+        >>> [g.shape for g in torch.autograd.grad(outer, list(fnet.parameters(time=3)))]
+        [torch.Size([1, 2]), torch.Size([1])]
+        >>> isinstance(fnet, torch.nn.Linear)
+        True
+    """
+
+    _view: FunctionalView
+
+    def __call__(self, *args: Any, params: Sequence[Tensor] | None = None, **kwargs: Any) -> Any:
+        """Run the model with the current fast weights; `params` become the current ones first."""
+        if params is not None:
+            self.update_params(params)
+        view = self.__dict__.get("_view")
+        if view is None:  # a slice of a container is built without it
+            return super().__call__(*args, **kwargs)
+        if view.caller is not None:
+            return view.caller.call_module(self, "", super().__call__, args, kwargs)
+        with weights_follow_recompute(view.slots, view.current):
+            return super().__call__(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Tensor]:  # type: ignore[override]
+        # The override adds `time`, and gives tensors with a graph instead of leaf Parameters, as in `higher`.
+        """The fast weights, those of `time` if given.
+
+        Raises:
+            IndexError: There is no such time.
+            ValueError: A past time was asked for with `track_higher_grads=False`.
+            HistoryFreedError: A backward pass without `retain_graph=True` has freed that time.
+        """
+        if time is None or not recurse:
+            return super().parameters(recurse)
+        return iter(self._view.at(time))
+
+    def gradient_edges(self, time: int) -> list[GradientEdge]:
+        """Where the graph passes through the fast weights of a time, for `torch.autograd.grad(outer, edges)`.
+
+        Example:
+            >>> import torch, lowmem_higher as higher
+            >>> net = torch.nn.Linear(2, 1)
+            >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
+            >>> with higher.innerloop_ctx(net, opt, checkpoint_every=2) as (fnet, diffopt):
+            ...     for _ in range(5):
+            ...         _ = diffopt.step(fnet(torch.ones(3, 2)).square().mean())
+            ...     grads = torch.autograd.grad(fnet(torch.ones(1, 2)).sum(), fnet.gradient_edges(time=3))
+            >>> [g.shape for g in grads]
+            [torch.Size([1, 2]), torch.Size([1])]
+        """
+        return [get_gradient_edge(weight) for weight in self._view.at(time)]
+
+    @property
+    def fast_params(self) -> list[Tensor]:
+        """The current fast weights. Assigning a list makes it current, one time later."""
+        return list(self._view.current)
+
+    @fast_params.setter
+    def fast_params(self, params: Iterable[Tensor]) -> None:
+        self.update_params(params)
+
+    @property
+    def init_fast_params(self) -> list[Tensor]:
+        """The fast weights of time 0."""
+        if not self._view.track:
+            raise RuntimeError("init_fast_params needs the history, which track_higher_grads=False does not keep.")
+        return list(self._view.at(0))
+
+    def update_params(self, params: Iterable[Tensor]) -> None:
+        """Make `params`, in the order of `parameters()`, the current fast weights, one time later."""
+        self._view.append(list(params))
+
+    @property
+    def track_higher_grads(self) -> bool:
+        """Whether the history of the weights and its graph are kept."""
+        return self._view.track
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        descriptor = getattr(type(self), name, None)
+        if isinstance(descriptor, property):  # nn.Module would store a list of tensors as a plain attribute
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        times = len(self._view.history)
+        return f"fmodel at time {times - 1} of\n{super().__repr__()}"
+
+
+def make_functional_copy(
+    module: nn.Module, device: torch.device | None, copy_initial_weights: bool, track: bool
+) -> FunctionalModule:
+    """A functional view of `module`, whose weights are copies of its parameters.
+
+    Args:
+        module: Any module; it is not changed.
+        device: Where weights and buffers go; `None` leaves them where they are.
+        copy_initial_weights: True for detached leaf copies; False for clones, through which gradients reach
+            `module.parameters()`.
+        track: Whether the history of the weights is kept.
+
+    Raises:
+        TypeError: `module` is no plain Python module (a compiled TorchScript module cannot be copied this way).
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"The model must be a torch.nn.Module in Python, and is {type(module).__name__}.")
+    with torch.no_grad():
+        buffers = [buffer.detach().clone().to(device or buffer.device) for buffer in ParameterSlots(module).read_buffers()]
+    weights = []
+    for param in module.parameters():
+        source = param.detach() if copy_initial_weights else param
+        weight = source.clone().to(device or param.device)
+        weights.append(weight.requires_grad_(param.requires_grad) if copy_initial_weights else weight)
+    root = copy_structure(module)
+    view = FunctionalView(root, weights, track)
+    view.slots.install_buffers(buffers)
+    root.__dict__["_view"] = view
+    root.__class__ = _functional_class(type(module))
+    return cast(FunctionalModule, root)
+
+
+def copy_structure(module: nn.Module) -> nn.Module:
+    """A deep copy of the modules that shares every tensor with the original."""
+    shared: dict[int, Any] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers, part.__dict__):
+            for value in table.values():
+                if isinstance(value, Tensor):
+                    shared[id(value)] = value
+    return copy.deepcopy(module, shared)
+
+
+def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> None:
+    """Let calls of an fmodel, and direct calls of its submodules, go through `caller`."""
+    fmodel._view.caller = caller
+    for path, module in fmodel.named_modules():
+        if path:
+            module.__dict__["_call_through"] = (weakref.ref(fmodel), path)
+            module.__class__ = _routed_class(type(module))
+
+
+@functools.cache
+def _functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Functional{model_type.__name__}", (FunctionalModule, model_type), {"__module__": model_type.__module__})
+
+
+@functools.cache
+def _routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(module_type.__call__, self)
+        fmodel, path = self.__dict__.get("_call_through", (None, ""))  # a slice of a container is built without it
+        if fmodel is None:
+            return run(*args, **kwargs)
+        owner = _alive(fmodel)
+        return owner._view.caller.call_module(owner, path, run, args, kwargs)
+
+    names = {"__call__": call, "__module__": module_type.__module__, "__qualname__": module_type.__qualname__}
+    return type(module_type.__name__, (module_type,), names)
+
+
+@contextmanager
+def weights_follow_recompute(
+    slots: ParameterSlots, weights: Sequence[Tensor], around: Callable[[], AbstractContextManager[Any]] | None = None
+) -> Iterator[None]:
+    """Make `torch.utils.checkpoint` inside the model recompute with the weights of now, not of then (rule R7).
+
+    A checkpointed block runs again during backward, when the module may hold the weights of another time, or none.
+    Inside this block every function handed to `checkpoint` is wrapped: its recomputation puts these weights in place,
+    and copies of the buffers as they are, so that no statistic is counted twice.
+
+    Args:
+        slots: The module's places.
+        weights: The weights of now.
+        around: Makes a further context manager to enter for a recomputation.
+    """
+    library = torch.utils.checkpoint
+    original = library._checkpoint_without_reentrant_generator
+
+    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        buffers = [buffer.detach().clone() for buffer in slots.read_buffers()]
+
+        def recomputed(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with (
+                slots.installed(weights, [buffer.clone() for buffer in buffers]),
+                weights_follow_recompute(slots, weights, around),  # for a checkpoint inside this one
+                around() if around else contextlib.nullcontext(),
+            ):
+                return function(*inner_args, **inner_kwargs)
+
+        return original(recomputed, *args, **kwargs)
+
+    library._checkpoint_without_reentrant_generator = generator
+    try:
+        yield
+    finally:
+        library._checkpoint_without_reentrant_generator = original

@@ -1,0 +1,378 @@
+"""The step program: what was recorded of one step, cut out of the shadow graph and made ready to run again.
+
+NOTE [ Programs and records ]
+
+A `StepProgram` says which calls lead from the carry to the loss, without any value: steps that differ only in their
+batch, their numbers or their weights share one program. What differs is in the step's `StepRecord`: the externals (by
+reference), the numbers, the random states. The program refers to values by `Ref`:
+
+    weight i        fast weight i of this step's carry
+    made n, k       output k of the program's call n (k < 0: its leaf -1 - k, after the call wrote into it)
+    external j      tensor j of the record
+    number c        number (or other value) c of the record
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem_higher.errors import ExternalModifiedError, RecordError
+from lowmem_higher.live_module import ModuleCall, describe
+from lowmem_higher.record import BufferState, FunctionApply, Node, Recorder, sequence_nr, version_of
+from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
+from lowmem_higher.structure import Leaf, Structure, tensors_in, unflatten
+
+
+class Ref(NamedTuple):
+    """Where a value of a program comes from; see NOTE [ Programs and records ]."""
+
+    kind: str
+    index: int
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One call of a program. The last three are set for calls of the model only; None stands for the carry's own."""
+
+    call: Any
+    structure: Structure
+    refs: tuple[Ref, ...]
+    ambient: Ambient
+    weights: tuple[Ref, ...] | None = None
+    buffers: tuple[Ref, ...] | None = None
+    found: tuple[Ref, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """What leads from a carry to the loss. `buffers` says where the next carry's buffers come from, None if unchanged."""
+
+    instructions: tuple[Instruction, ...]
+    loss: Ref
+    buffers: tuple[Ref, ...] | None
+
+    def run(
+        self, weights: Sequence[Tensor], buffers: tuple[Tensor, ...], inputs: StepInputs
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Compute the loss, and the buffers after it, from other weights and buffers."""
+        results: list[tuple[list[Tensor], list[Any], tuple[Tensor, ...]]] = []
+        values: dict[str, Callable[[Ref], Any]] = {
+            "weight": lambda ref: weights[ref.index],
+            "external": lambda ref: inputs.externals[ref.index],
+            "number": lambda ref: _fresh(inputs.numbers[ref.index]),
+            "made": lambda ref: results[ref.index][0 if ref.output >= 0 else 1][_position(ref.output)],
+            "buffers": lambda ref: results[ref.index][2][ref.output],
+        }
+        for instruction, rng, state in zip(self.instructions, inputs.rng, inputs.states, strict=True):
+            leaves = [values[ref.kind](ref) for ref in instruction.refs]
+            args, kwargs = unflatten(instruction.structure, iter(leaves))
+            after: tuple[Tensor, ...] = ()
+            with instruction.ambient.restored(), rng_restored(rng):
+                if isinstance(instruction.call, ModuleCall):
+                    assert state is not None
+                    own = instruction.weights, instruction.buffers
+                    out, after = instruction.call.twin.run(
+                        inputs.targets.get(len(results), instruction.call.target),
+                        args,
+                        kwargs,
+                        weights=weights if own[0] is None else [values[ref.kind](ref) for ref in own[0]],
+                        buffers=buffers if own[1] is None else [values[ref.kind](ref) for ref in own[1]],
+                        state=state,
+                        stand_ins={id(inputs.originals[ref.index]): values[ref.kind](ref) for ref in instruction.found},
+                    )
+                else:
+                    out = instruction.call(*args, **kwargs)
+            results.append((tensors_in(out), leaves, after))
+        new_buffers = buffers if self.buffers is None else tuple(values[ref.kind](ref) for ref in self.buffers)
+        loss: Tensor = values[self.loss.kind](self.loss)
+        return loss, new_buffers
+
+    def __str__(self) -> str:
+        """The program as code that a person can read."""
+        lines = []
+        for position, instruction in enumerate(self.instructions):
+            leaves = iter([_shown(ref) for ref in instruction.refs])
+            args, kwargs = unflatten(instruction.structure, map(_Name, leaves))
+            parts = [repr(arg) for arg in args] + [f"{key}={value!r}" for key, value in kwargs.items()]
+            line = f"    v{position} = {_shown_call(instruction.call)}({', '.join(parts)})"
+            notes = [] if instruction.ambient.grad_enabled else ["no_grad"]
+            notes += [f"also reads {', '.join(map(_shown, instruction.found))}"] if instruction.found else []
+            lines.append(line + (f"  # {'; '.join(notes)}" if notes else ""))
+        return "\n".join(["def step_program(weights, externals, numbers):", *lines, f"    return {_shown(self.loss)}"])
+
+
+@dataclass
+class StepInputs:
+    """What one run of a program reads besides the carry; `externals` may be stand-ins for `originals`."""
+
+    externals: Sequence[Tensor]
+    originals: Sequence[Tensor]
+    numbers: Sequence[Any]
+    rng: Sequence[RngState | None]
+    states: Sequence[ModuleState | None]
+    targets: dict[int, Any]
+
+
+class Externals:
+    """The distinct tensors that a step reads and did not make, with the version at which each was read."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        self._index: dict[int, int] = {}
+
+    def ref(self, tensor: Tensor, version: int) -> Ref:
+        """The reference to a tensor, added if it is new."""
+        index = self._index.setdefault(id(tensor), len(self.tensors))
+        if index == len(self.tensors):
+            self.tensors.append(tensor)
+            self.versions.append(version)
+        if version_of(tensor) != version or self.versions[index] != version:
+            raise modified_error(tensor, version, "between its use in the loss and the step")
+        return Ref("external", index)
+
+
+def modified_error(tensor: Tensor, version: int, when: str) -> ExternalModifiedError:
+    """Rule R4: a tensor that a step reads must stay as it was."""
+    return ExternalModifiedError(
+        f"A tensor of shape {tuple(tensor.shape)} that a recorded step reads was modified in place {when} (version "
+        f"{version} was read, it is now at {version_of(tensor)}), so the step cannot be replayed as it was. Modify a "
+        "copy: t = t.clone(); or hand the step its own data: diffopt.step(fn, t.clone())."
+    )
+
+
+@dataclass
+class Slice:
+    """What was cut out of the shadow graph for one step."""
+
+    program: StepProgram
+    numbers: tuple[Any, ...]
+    rng: tuple[RngState | None, ...]
+    states: tuple[ModuleState | None, ...]
+    targets: dict[int, Any]
+
+
+def cut(
+    recorder: Recorder,
+    loss: Tensor,
+    node: Node | None,
+    window: int,
+    weights: list[Tensor],
+    before: BufferState,
+    after: BufferState,
+    externals: Externals,
+) -> Slice:
+    """Cut the part of the shadow graph that leads from `weights` to `loss` and was made in this window.
+
+    Args:
+        recorder: The recorder.
+        loss: The loss of the step.
+        node: The call that made it, if it came from a function given to `step`.
+        window: The index of the first node after the last step.
+        weights: The current fast weights.
+        before: The buffers at the start of the window.
+        after: The buffers now.
+        externals: Receives what is read from outside.
+    """
+    if node is None:
+        link, later_write = recorder.link(loss)
+        if link is None or link.node.index < window:
+            raise unseen_error(loss, "The loss")
+        roots, loss_made = [link.node, *([later_write] if later_write else [])], (link.node, link.index)
+    else:
+        roots, loss_made = [node], (node, 0)
+    nodes = _reached(roots, window)
+    position = {id(node): index for index, node in enumerate(nodes)}
+    weight_index = {id(weight): index for index, weight in enumerate(weights)}
+    numbers: list[Any] = []
+
+    def tensor_ref(tensor: Tensor, version: int) -> Ref:
+        if id(tensor) in weight_index:
+            return Ref("weight", weight_index[id(tensor)])
+        return externals.ref(tensor, version)
+
+    def leaf_ref(leaf: Any, made: tuple[Node, int] | None, version: int) -> Ref:
+        if not isinstance(leaf, Tensor):
+            numbers.append(leaf)
+            return Ref("number", len(numbers) - 1)
+        if made is not None and id(made[0]) in position:
+            return Ref("made", position[id(made[0])], made[1])
+        return tensor_ref(leaf, version)
+
+    def buffer_refs(state: BufferState) -> tuple[Ref, ...] | None:
+        if state is before:
+            return None
+        producer = None if state.producer is None else state.producer()
+        if producer is not None and id(producer) in position:
+            return tuple(Ref("buffers", position[id(producer)], k) for k in range(len(state.tensors)))
+        return tuple(externals.ref(tensor, version_of(tensor)) for tensor in state.tensors)
+
+    instructions, states, targets = [], [], {}
+    for index, made in enumerate(nodes):
+        refs = tuple([
+            leaf_ref(*leaf) for leaf in zip(made.leaves, made.links, made.versions, strict=True)
+        ])  # fmt: skip
+        inside, call = made.inside, made.call
+        if inside is None:
+            instructions.append(Instruction(call, made.structure, refs, made.ambient))
+            states.append(None)
+            continue
+        if not isinstance(call.target, str):  # a function may be a new object at each step: its code stands for it
+            targets[index] = call.target
+            call = ModuleCall(call.twin, getattr(call.target, "__code__", call.target))
+        own_weights = len(inside.weights) == len(weights) and all(map(_same, inside.weights, weights))
+        instructions.append(
+            Instruction(
+                call,
+                made.structure,
+                refs,
+                made.ambient,
+                None if own_weights else tuple([tensor_ref(w, version_of(w)) for w in inside.weights]),
+                buffer_refs(inside.buffers),
+                tuple(map(tensor_ref, inside.found, inside.found_versions)),
+            )
+        )
+        states.append(inside.state)
+    loss_ref = Ref("made", position[id(loss_made[0])], loss_made[1])
+    program = StepProgram(tuple(instructions), loss_ref, buffer_refs(after))
+    return Slice(program, tuple(numbers), tuple([made.rng for made in nodes]), tuple(states), targets)
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other
+
+
+def _reached(roots: list[Node], window: int) -> list[Node]:
+    """The nodes of this window that `roots` depend on, in the order in which they were called."""
+    found = {id(node): node for node in roots}
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        for other in [*(link[0] for link in node.links if link is not None), *node.after]:
+            if other.index >= window and id(other) not in found:
+                found[id(other)] = other
+                pending.append(other)
+    return sorted(found.values(), key=lambda node: node.index)
+
+
+def check_dependence(
+    loss: Tensor,
+    weights: Sequence[Tensor],
+    externals: Sequence[Tensor],
+    since: int,
+    made_inside: Callable[[Tensor], bool] | None,
+) -> None:
+    """Rule R9: nothing that a step reads from outside may depend on its fast weights unseen; rule R6: nothing is missed.
+
+    Args:
+        loss: The loss.
+        weights: The fast weights of this step.
+        externals: What the step reads from outside.
+        since: The autograd sequence number at the start of the window; older graph cannot reach `weights`.
+        made_inside: If given, also walk the graph of the loss, and require each of its inputs to be known; says of a
+            leaf whether the step itself makes it.
+
+    Raises:
+        RecordError: An external depends on the weights, or an input of the loss is not known.
+    """
+    edges = {_edge(weight) for weight in weights if weight.requires_grad}
+    for external in externals:
+        if external.requires_grad and (sequence_nr(external) or -1) >= since:
+            if _boundary(external, since, edges)[1]:
+                raise unseen_error(external, "A tensor that the loss is made from")
+    if made_inside is not None:
+        known = edges | {_edge(external) for external in externals if external.requires_grad}
+        for leaf in _boundary(loss, since, known)[0]:
+            if leaf is not None and made_inside(leaf):
+                continue
+            shown = "not a leaf" if leaf is None else f"a leaf of shape {tuple(leaf.shape)}"
+            raise RecordError(
+                f"The loss depends on a tensor that requires grad and that the recorder did not see ({shown}): it "
+                "was probably read by compiled or C++ code, from a closure or a global. Pass it to the model as an "
+                "argument, fmodel(x, tensor), or to the step, diffopt.step(fn, tensor)."
+            )
+
+
+def _edge(tensor: Tensor) -> tuple[int, int]:
+    """A tensor's place in the autograd graph; a leaf is its own."""
+    return (id(tensor), -1) if tensor.grad_fn is None else (tensor.grad_fn._sequence_nr(), tensor.output_nr)
+
+
+def _boundary(start: Tensor, since: int, known: set[tuple[int, int]]) -> tuple[list[Tensor | None], bool]:
+    """Walk a graph back to `known` places or to what is older than `since`.
+
+    Returns:
+        What was reached without being known (leaves; None for what is no leaf), and whether a known place was reached.
+    """
+    unknown: list[Tensor | None] = []
+    reached = False
+    if start.grad_fn is None or _edge(start) in known:
+        return unknown, _edge(start) in known
+    seen, pending = {start.grad_fn}, [start.grad_fn]
+    while pending:
+        for node, output in pending.pop().next_functions:
+            if node is None:
+                continue
+            variable = getattr(node, "variable", None)  # of a leaf's AccumulateGrad
+            edge = (node._sequence_nr(), output) if variable is None else (id(variable), -1)
+            if edge in known:
+                reached = True
+            elif variable is not None or node._sequence_nr() < since:
+                unknown.append(variable)
+            elif node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return unknown, reached
+
+
+def unseen_error(tensor: Tensor, what: str) -> RecordError:
+    """Rule R9: how a tensor was made was not seen."""
+    made_by = "an operation" if tensor.grad_fn is None else tensor.grad_fn.name()
+    return RecordError(
+        f"{what} (shape {tuple(tensor.shape)}, made by {made_by}) depends on the current fast weights in a way that the "
+        "recorder did not see: through torch.func or vmap, a C++ extension, an attribute set inside forward, or a call "
+        "made before the last step or outside the context. Let the engine call your code itself: write it as a "
+        "function, def inner_loss(fmodel, *args): ..., and take diffopt.step(inner_loss, *args)."
+    )
+
+
+def _position(output: int) -> int:
+    return output if output >= 0 else -1 - output
+
+
+def _fresh(value: Any) -> Any:
+    """A generator draws on from where it stood; each run gets its own."""
+    return value.clone_state() if isinstance(value, torch.Generator) else value
+
+
+class _Name:
+    """Prints as a bare name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+def _shown(ref: Ref) -> str:
+    if ref.kind == "made":
+        return f"v{ref.index}" if ref.output == 0 else f"v{ref.index}[{ref.output}]"
+    return f"{ref.kind}s[{ref.index}]"
+
+
+def _shown_call(call: Any) -> str:
+    if isinstance(call, ModuleCall):
+        return describe(call.target) if isinstance(call.target, str) else getattr(call.target, "co_name", "function")
+    if isinstance(call, FunctionApply):
+        return call.__name__
+    return str(torch.overrides.resolve_name(call) or getattr(call, "__qualname__", repr(call)))
+
+
+__all__ = ["Externals", "Instruction", "Leaf", "Ref", "Slice", "StepInputs", "StepProgram", "check_dependence", "cut"]

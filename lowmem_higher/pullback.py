@@ -1,0 +1,249 @@
+"""Differentiates one step: the node that a step leaves in the user's graph, and the two ways to build its graph.
+
+NOTE [ One node per step ]
+
+Each step leaves one `StepNode` in the autograd graph. Its inputs are the carry and the externals that require grad, its
+outputs the new fast weights and optimizer state. It holds the step's record and saves no value. So autograd itself
+chains the steps, adds up the gradients of meta-parameters used at many steps and of weights used at any time, and
+serves `.backward()` and `torch.autograd.grad` alike; and what nobody can differentiate any more is freed with its node.
+
+The outputs are "saved" through hooks that keep no value but recompute it. That costs nothing until somebody asks for
+the weights of a past time: unpacked, they are tensors whose place in the graph is this node's output.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lowmem_higher.errors import HigherOrderError, HistoryFreedError
+from lowmem_higher.step import Carry, StepRecord, state_leaf, with_state_leaves
+
+
+class Carries(Protocol):
+    """Who hands out carries (the trajectory)."""
+
+    def carry_before(self, record: StepRecord) -> Carry:
+        """The carry that a step started from."""
+
+    def weights_after(self, record: StepRecord) -> list[Tensor]:
+        """The fast weights that a step ended with."""
+
+    def pull_back(self, record: StepRecord, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of a step's inputs."""
+
+    def spent(self, record: StepRecord) -> None:
+        """The step was pulled back for the last time."""
+
+
+class StepNode(torch.autograd.Function):
+    """The place of one step in the user's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, carries: Carries, record: StepRecord, outputs: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Put the outputs, which are computed already, into the graph."""
+        ctx.set_materialize_grads(False)
+        ctx.carries, ctx.record = carries, record
+        ctx.save_for_backward(*outputs[: len(record.layout.weights_out)])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Pull the cotangents back through the step."""
+        if torch.is_grad_enabled():
+            raise HigherOrderError(
+                "A backward with create_graph=True went through a checkpointed context, whose gradient is exact but "
+                "cannot itself be differentiated. Use innerloop_ctx(..., checkpoint_every=None), which supports any "
+                "order of derivative."
+            )
+        record = ctx.record
+        if record is None:
+            raise freed_error()
+        grads = ctx.carries.pull_back(record, cotangents)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.record = None
+            ctx.carries.spent(record)
+        return (None, None, None, *grads)
+
+
+def freed_error() -> HistoryFreedError:
+    """Rule R11."""
+    return HistoryFreedError(
+        "This step was freed by an earlier backward through it. If you need to go through it again, keep it the first "
+        "time: outer_loss.backward(retain_graph=True)."
+    )
+
+
+def attach(carries: Carries, record: StepRecord, outputs: list[Tensor], inputs: list[Tensor]) -> tuple[tuple[Tensor, ...], PastWeights]:
+    """Put a step into the graph; returns its outputs with their place in the graph, and the weights of its time."""
+    counter = itertools.count()
+    recompute = functools.partial(_weight_after, carries, record)
+    with torch.enable_grad(), saved_tensors_hooks(lambda _: next(counter), recompute):
+        attached = StepNode.apply(carries, record, outputs, *inputs)  # type: ignore[no-untyped-call]
+    return attached, PastWeights(weakref.ref(attached[0].grad_fn), record.layout.weights_out)
+
+
+def _weight_after(carries: Carries, record: StepRecord, position: int) -> Tensor:
+    return carries.weights_after(record)[record.layout.weights_out[position]].detach()
+
+
+@dataclass(frozen=True)
+class PastWeights:
+    """The fast weights that a step made, recomputed on request as long as its node is alive."""
+
+    node: weakref.ref[Any]
+    updated: tuple[int, ...]
+
+    def weights(self) -> dict[int, Tensor]:
+        """The weights that the step updated, by index."""
+        node = self.node()
+        if node is None or node.record is None:
+            raise freed_error()
+        return dict(zip(self.updated, node.saved_tensors, strict=True))
+
+
+@dataclass
+class StepGraph:
+    """The graph of one step, from stand-ins for its inputs to its outputs."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The vector-Jacobian product, once."""
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(self.outputs, cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        if not pairs or not self.inputs:
+            return [None] * len(self.inputs)
+        outputs, vectors = zip(*pairs, strict=True)
+        return list(torch.autograd.grad(outputs, self.inputs, vectors, allow_unused=True))
+
+
+class Replay(Protocol):
+    """How the graph of a step is built again."""
+
+    def graph(self, record: StepRecord, carries: Carries) -> StepGraph:
+        """The graph of a step."""
+
+
+class NativeReplay:
+    """Advance first-order to the step's carry, then build the graph of that one step (2 passes and 1)."""
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        self._count = count
+
+    def graph(self, record: StepRecord, carries: Carries) -> StepGraph:
+        """The graph of a step."""
+        carry, layout = carries.carry_before(record), record.layout
+        self._count()
+        weights, state_leaves = carry_stand_ins(record, carry)
+        externals = record.stand_ins()
+        state = with_state_leaves(carry.state, state_leaves)
+        run = record.run(weights, state, carry.buffers, externals, create_graph=True)
+        inputs = [
+            *(weights[index] for index in layout.weights_in),
+            *state_leaves.values(),
+            *(externals[index] for index in layout.externals_in),
+        ]
+        outputs = [
+            *(run.weights[index] for index in layout.weights_out),
+            *(state_leaf(run.state, key) for key in layout.state_out),
+        ]
+        return StepGraph(inputs, outputs)
+
+
+def carry_stand_ins(record: StepRecord, carry: Carry) -> tuple[list[Tensor], dict[Any, Tensor]]:
+    """New leaves in place of a carry's weights, and of its state where it may have a gradient."""
+    weights = [
+        weight.detach().requires_grad_(trainable)
+        for weight, trainable in zip(carry.weights, record.layout.trainable, strict=True)
+    ]
+    return weights, {key: state_leaf(carry.state, key).detach().requires_grad_() for key in record.layout.state_in}
+
+
+class TorchReplay:
+    """Rebuild a whole segment through `torch.utils.checkpoint`, one checkpoint a step, and differentiate that.
+
+    Short and independent of the native way, which it is an oracle for. An inner `autograd.grad` inside a checkpoint
+    makes it recompute already in the forward, so this takes more second-order runs.
+    """
+
+    def __init__(self, count: Callable[[], None]) -> None:
+        self._count = count
+
+    def graph(self, record: StepRecord, carries: Carries) -> StepGraph:
+        """The graph of a step, out of its segment's."""
+        graphs = record.segment.graphs
+        if record.time not in graphs:
+            self._rebuild(record, carries)
+        found: StepGraph = graphs.pop(record.time)
+        return found
+
+    def _rebuild(self, last: StepRecord, carries: Carries) -> None:
+        records = [last]
+        while records[-1].previous is not None:
+            records.append(records[-1].previous)
+        records.reverse()
+        carry = carries.carry_before(records[0])
+        weights, state_leaves = carry_stand_ins(records[0], carry)
+        state, buffers = with_state_leaves(carry.state, state_leaves), carry.buffers
+        for record in records:
+            layout, externals = record.layout, record.stand_ins()
+            plain_state, plain_buffers = state, buffers
+            box: list[Any] = []
+
+            def body(
+                *flat: Tensor,
+                record: StepRecord = record,
+                plain_state: Any = plain_state,
+                buffers: Any = plain_buffers,
+                box: list[Any] = box,
+                count: int = len(weights),
+            ) -> tuple[Tensor, ...]:
+                self._count()
+                layout = record.layout
+                middle = count + len(layout.state_in)
+                given = dict(zip(layout.state_in, flat[count:middle], strict=True))
+                run = record.run(
+                    list(flat[:count]),
+                    with_state_leaves(plain_state, given),
+                    buffers,
+                    list(flat[middle:]),
+                    create_graph=True,
+                )
+                box[:] = [run]
+                return (
+                    *(run.weights[index] for index in layout.weights_out),
+                    *(state_leaf(run.state, key) for key in layout.state_out),
+                )
+
+            state_inputs = [state_leaf(state, key) for key in layout.state_in]
+            outputs = list(
+                checkpoint(body, *weights, *state_inputs, *externals, use_reentrant=False, preserve_rng_state=False)
+            )
+            inputs = [
+                *(weights[index] for index in layout.weights_in),
+                *state_inputs,
+                *(externals[index] for index in layout.externals_in),
+            ]
+            record.segment.graphs[record.time] = StepGraph(inputs, outputs)
+            # The next step starts from new leaves: among its own outputs a step's weights depend on its momentum, and
+            # a gradient for both must not pass from one to the other.
+            leaves = [output.detach().requires_grad_() for output in outputs]
+            weights, run = list(weights), box.pop()
+            for index, leaf in zip(layout.weights_out, leaves, strict=False):
+                weights[index] = leaf
+            new_state = dict(zip(layout.state_out, leaves[len(layout.weights_out) :], strict=True))
+            state, buffers = with_state_leaves(run.state, new_state), run.buffers

@@ -1,0 +1,391 @@
+"""The recorder: sees every torch call of the user's loop and remembers how living tensors were made.
+
+NOTE [ The shadow graph ]
+
+The user's loop hands over a finished loss tensor, never a function. To run a step again the engine must know how the
+loss was made, so a `TorchFunctionMode` sees each torch call made in the context:
+
+* A tensor leads weakly to the `Node` that made it; a node holds its inputs and their nodes. When the tensors that need
+  a node are gone the node is gone too: evaluating a thousand batches between two steps leaves nothing behind.
+* A call of the fmodel (or of a submodule) is one node. Its inside is only watched (see `watch.py`).
+* `autograd.Function.apply` is one node, replayed through `apply`, and so keeps its own backward (rule R8).
+* An in-place write is a node; a later reader of the same storage depends on the last write, and so on all before it.
+* What a node reads that was made before the last step is an *external*, held by reference. So is a tensor without
+  gradient that the recorder chose not to follow: by value it is exact too. It does not follow what is cheaper to hold
+  (`_SMALL`, `_SMALL_DRAW`), what would make a recipe long (`_LONGEST_RECIPE`), and what was read from a tensor that
+  the loop writes into.
+
+A tensor whose making was not seen is an external as well. If it depends on the current fast weights, `step` finds that
+in the autograd graph and raises (rule R9).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from lowmem_higher.replay_state import Ambient, ModuleState, RngState, capture_rng, same_rng
+from lowmem_higher.structure import Structure, flatten, tensors_in
+from lowmem_higher.tensor_map import TensorMap
+from lowmem_higher.watch import Watcher, intercepted_apply
+
+_SMALL = 64  # bytes: a tensor of this size costs no more than the record of how it was made
+_SMALL_DRAW = 5056  # bytes: the state of the CPU's generator, which replaying a draw would need
+_LONGEST_RECIPE = 31  # calls, a model call counting 16: a recipe holds one model call at most
+_MODEL_CALL = 16
+
+
+@dataclass(eq=False)
+class BufferState:
+    """The buffers of a model at one moment; never written into. `producer` is the call that left them so."""
+
+    tensors: tuple[Tensor, ...]
+    producer: weakref.ref[Node] | None = None
+
+
+@dataclass(eq=False)
+class Inside:
+    """What a call of the model read besides its arguments."""
+
+    weights: list[Tensor]
+    buffers: BufferState
+    state: ModuleState
+    found: list[Tensor]
+    found_versions: list[int]
+
+
+class Link(NamedTuple):
+    """How a tensor was made: output `index` of `node`, or, if negative, its leaf `-1 - index` after a write into it."""
+
+    node: Node
+    index: int
+    version: int
+    sequence_nr: int | None
+
+
+class Node:
+    """One recorded call: what was called, with what, and in which state."""
+
+    __slots__ = ("__weakref__", "after", "ambient", "call", "index", "inside", "leaves", "links", "rng", "structure",
+                 "versions", "weight")  # fmt: skip
+
+    def __init__(self, index: int, call: Any, structure: Structure, leaves: list[Any], inside: Inside | None = None) -> None:
+        self.index = index
+        self.call = call
+        self.structure = structure
+        self.leaves = leaves
+        self.links: list[tuple[Node, int] | None] = [None] * len(leaves)
+        self.after: list[Node] = []  # writes that come before this call without being arguments
+        self.versions: list[int] = [0] * len(leaves)
+        self.ambient = Ambient.capture()
+        self.rng: RngState | None = None
+        self.inside = inside
+        self.weight = 1 if inside is None else _MODEL_CALL
+
+
+@dataclass(frozen=True)
+class FunctionApply:
+    """The call of a custom `autograd.Function`."""
+
+    function: Any
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.function.__name__}.apply"
+
+
+class Recorder(TorchFunctionMode):
+    """Records the torch calls of one thread while a checkpointed context is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: TensorMap[Link] = TensorMap()
+        self._written: TensorMap[Link] = TensorMap()  # by the base of the views that share a storage: the last write
+        self._volatile: TensorMap[bool] = TensorMap()  # tensors from outside that the loop writes into
+        self._indices = itertools.count(1)
+        self._windows: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._horizon = 0  # nodes older than every open window are never replayed again
+        self._purge_above = 256
+        self._busy = False  # inside a recorded call
+        self._watcher: Watcher | None = None
+        self._contexts = 0
+        self._interception: Any = None
+        self.inner_leaves: TensorMap[bool] = TensorMap()  # made inside watched code, and requiring grad
+        self.devices: set[torch.device] = set()
+
+    # Contexts and windows
+
+    def enter(self) -> None:
+        """A checkpointed context opens: the first one starts the recording."""
+        if self._contexts == 0:
+            self._interception = intercepted_apply(self._apply)
+            self._interception.__enter__()
+            self.__enter__()
+        self._contexts += 1
+
+    def leave(self, window: object) -> None:
+        """A context closes, in whatever order contexts close: the last one ends the recording."""
+        self._contexts -= 1
+        self._windows.pop(window, None)
+        if self._contexts == 0:
+            _remove_mode(self)
+            self._interception.__exit__(None, None, None)
+
+    @property
+    def active(self) -> bool:
+        """Whether torch calls made now are recorded."""
+        return self._contexts > 0 and self._watcher is None and not self._busy
+
+    def start_window(self, window: object) -> int:
+        """A step of this trajectory was taken: what was made until now is past for it. Returns the first new index."""
+        start = next(self._indices)
+        self._windows[window] = start
+        self._horizon = min(self._windows.values())
+        if self._horizon == start:
+            self._made, self._written = TensorMap(), TensorMap()
+        elif len(self._made) > self._purge_above:
+            for entries in (self._made, self._written):
+                entries.keep(lambda link: link.node.index >= self._horizon)
+            self._purge_above = 2 * len(self._made) + 256
+        return start
+
+    @contextmanager
+    def watching(self, watcher: Watcher | None) -> Iterator[None]:
+        """Record nothing inside the block; let `watcher` see the calls, if there is one."""
+        busy, watched = self._busy, self._watcher
+        self._busy, self._watcher = watcher is None, watcher
+        try:
+            yield
+        finally:
+            self._busy, self._watcher = busy, watched
+
+    @property
+    def inside(self) -> bool:
+        """Whether a recorded call is running now."""
+        return self._busy or self._watcher is not None
+
+    # Seeing calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See one torch call: run it, and remember what it made."""
+        kwargs = kwargs or {}
+        if self._watcher is not None:
+            return self._watcher.__torch_function__(func, types, args, kwargs)
+        if self._busy or func in _NOT_RECORDED or _is_getter(func) or torch._C._are_functorch_transforms_active():
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            return func(*args, **kwargs)
+        return self._record(func, func, args, kwargs)
+
+    def _apply(self, function: type, original: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if self._watcher is not None:
+            return original(*self._watcher.look(args, {})[0])
+        if self._busy or torch._C._are_functorch_transforms_active():
+            return original(*args)
+        return self._record(FunctionApply(function), original, args, {})
+
+    def made_in(self, window: int, tensor: Tensor) -> bool:
+        """Whether a tensor was made, as it is now, in this window or inside watched code."""
+        link, _ = self.link(tensor)
+        return bool(self.inner_leaves.get(tensor)) or (link is not None and link.node.index >= window)
+
+    def new_node(self, call: Any, structure: Structure, leaves: list[Any], inside: Inside | None = None) -> Node:
+        """A node for a call that is about to run, linked to the makers of its inputs."""
+        node = Node(next(self._indices), call, structure, leaves, inside)
+        self._read_inputs(node)
+        return node
+
+    def _record(self, call: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = getattr(call, "__name__", "")
+        leaves: list[Any] = []
+        structure = flatten((args, kwargs), leaves)
+        if _may_write(name, kwargs):
+            self._copy_before_write(leaves)
+        node = self.new_node(call, structure, leaves)
+        tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        rng = None if name in _DRAWS_NOTHING else capture_rng(self.devices)
+        self._busy = True
+        try:
+            out = run(*args, **kwargs)
+        finally:
+            self._busy = False
+        if rng is not None and not same_rng(rng, capture_rng(self.devices)):
+            node.rng = rng
+        written = [
+            position for position in tensors
+            if version_of(leaves[position]) != node.versions[position] or (position == 0 and _writes_flag(call, name))
+        ]  # fmt: skip
+        outputs = tensors_in(out)
+        if written or outputs:
+            self.add(node, outputs, written)
+        return out
+
+    def _read_inputs(self, node: Node) -> None:
+        for position, leaf in enumerate(node.leaves):
+            if isinstance(leaf, Tensor):
+                node.versions[position] = version_of(leaf)
+                link, after = self.link(leaf)
+                if link is not None:
+                    node.links[position] = (link.node, link.index)
+                    node.weight += link.node.weight
+                if after is not None:
+                    node.after.append(after)
+                    node.weight += after.weight
+            elif isinstance(leaf, torch.Generator):
+                node.leaves[position] = leaf.clone_state()
+
+    def link(self, tensor: Tensor) -> tuple[Link | None, Node | None]:
+        """Who made a tensor as it is now, and the last write into its storage by another name; None if not known."""
+        made = self._made.get(tensor)
+        if made is None or made.node.index < self._horizon:
+            return None, None
+        if made.version == version_of(tensor) and made.sequence_nr == sequence_nr(tensor):
+            return made, None
+        written = self._written.get(_base(tensor))
+        if written is not None and written.version == version_of(tensor) and written.node.index >= self._horizon:
+            return made, written.node
+        return None, None
+
+    def add(self, node: Node, outputs: list[Tensor], written: list[int] | None = None) -> None:
+        """Remember what a node made and wrote, as far as it is worth following (NOTE [ The shadow graph ])."""
+        followed = node.weight <= _LONGEST_RECIPE and not self._opaque(node)
+        inputs = {id(leaf) for leaf in node.leaves}
+        for position in written or ():
+            tensor = node.leaves[position]
+            if tensor.requires_grad and node.links[position] is not None:
+                link = Link(node, -1 - position, version_of(tensor), sequence_nr(tensor))
+                self._made.set(tensor, link)
+                self._written.set(_base(tensor), link)
+            else:
+                if node.links[position] is None and version_of(tensor) != node.versions[position]:
+                    self._volatile.set(_base(tensor), True)
+                self._made.pop(tensor)
+                self._written.pop(_base(tensor))
+        small = _SMALL if node.rng is None else _SMALL_DRAW
+        for index, tensor in enumerate(outputs):
+            if tensor.device.type != "cpu":
+                self.devices.add(tensor.device)
+            if id(tensor) not in inputs and (tensor.requires_grad or (followed and tensor.nbytes > small)):
+                self._made.set(tensor, Link(node, index, version_of(tensor), sequence_nr(tensor)))
+
+    def _opaque(self, node: Node) -> bool:
+        """Whether a node read what may change behind the recorder's back."""
+        return any(
+            self._volatile.get(_base(leaf)) if isinstance(leaf, Tensor) else not isinstance(leaf, (int, float, complex))
+            for leaf in node.leaves
+        )
+
+    def _copy_before_write(self, leaves: list[Any]) -> None:
+        """A write that gives a tensor from outside a gradient: let the replay start from a copy of what it was.
+
+        The tensor `out = torch.zeros(3)` of `out[i] = loss_i` is such a one.
+        """
+        target = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        if target is None or target.requires_grad or not torch.is_grad_enabled() or self.link(target)[0] is not None:
+            return
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            with torch.no_grad():
+                before = target.clone()
+            node = Node(next(self._indices), torch.clone, _ONE_TENSOR, [before])
+            self._made.set(target, Link(node, 0, version_of(target), None))
+
+
+_ONE_TENSOR = flatten(((torch.empty(0),), {}), [])
+_thread = threading.local()
+
+
+def recorder() -> Recorder:
+    """The recorder of this thread: one, so that contexts may be open side by side and close in any order."""
+    if not hasattr(_thread, "recorder"):
+        _thread.recorder = Recorder()
+    found: Recorder = _thread.recorder
+    return found
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the storage was written into; 0 for an inference tensor, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def sequence_nr(tensor: Tensor) -> int | None:
+    """When the tensor's place in the graph was made; None for a leaf."""
+    return None if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
+
+
+def _base(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
+
+
+def _remove_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off the stack of torch-function modes, also from below others."""
+    above = []
+    while (top := _get_current_function_mode_stack()[-1]) is not mode:
+        top.__exit__(None, None, None)
+        above.append(top)
+    mode.__exit__(None, None, None)
+    for other in reversed(above):
+        other.__enter__()
+
+
+# Calls whose results are no tensors, or tensors that are not made by them.
+_NOT_RECORDED = {
+    torch.Tensor.backward,
+    torch.autograd.backward,
+    *(getattr(torch.Tensor, name) for name in (
+        "size", "dim", "numel", "stride", "item", "tolist", "numpy", "data_ptr", "is_floating_point", "is_complex",
+        "untyped_storage", "element_size", "get_device", "register_hook", "retain_grad", "__len__", "__repr__",
+        "__format__", "__bool__", "__float__", "__int__", "__index__", "__hash__", "__array__", "__contains__",
+        "__deepcopy__", "__reduce_ex__",
+    )),
+}  # fmt: skip
+_MADE_BY_GETTER = {"T", "mT", "H", "mH", "real", "imag", "data"}
+
+
+def _is_getter(func: Any) -> bool:
+    """Whether `func` only reads an attribute: `x.shape`, not `x.T`."""
+    if getattr(func, "__name__", "") != "__get__":
+        return False
+    return getattr(getattr(func, "__self__", None), "__name__", "") not in _MADE_BY_GETTER
+
+
+def _writes_flag(func: Any, name: str) -> bool:
+    """Whether a call changes its tensor without writing into the storage: its place in the graph, or all of it."""
+    if name == "__set__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in ("requires_grad", "data")
+    return name in ("requires_grad_", "detach_")
+
+
+def _may_write(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a call may write into its first tensor, by its name and arguments."""
+    if name.startswith("__"):
+        return name == "__setitem__" or name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    return name.endswith("_") or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+
+
+# Calls that never draw a random number, so that the generators need not be read around them.
+_DRAWS_NOTHING = frozenset(
+    """__getitem__ __setitem__ __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__
+    __rtruediv__ __itruediv__ __pow__ __rpow__ __neg__ __matmul__ __rmatmul__ __abs__ __eq__ __ne__ __lt__ __le__
+    __gt__ __ge__ __and__ __or__ __xor__ __invert__ __get__ __set__ add sub mul div true_divide pow neg abs square
+    sqrt rsqrt exp log log1p expm1 sin cos tanh sigmoid relu softplus softmax log_softmax logsumexp mean sum prod std
+    var norm max min amax amin argmax argmin sort topk cumsum clamp where sign add_ sub_ mul_ div_ copy_ clamp_ zero_
+    fill_ addcmul addcdiv lerp matmul mm bmm mv dot einsum outer linear conv1d conv2d conv3d cat stack chunk split
+    unbind reshape view view_as flatten unsqueeze squeeze transpose permute expand expand_as repeat narrow index_select
+    gather scatter masked_fill masked_select take t to float double half bfloat16 long int bool cpu cuda type type_as
+    contiguous clone detach detach_ requires_grad_ zeros ones full zeros_like ones_like full_like empty tensor as_tensor
+    arange linspace eye one_hot cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss
+    binary_cross_entropy binary_cross_entropy_with_logits kl_div cosine_similarity normalize pad interpolate
+    avg_pool2d max_pool2d layer_norm group_norm embedding grad""".split()
+)

@@ -1,0 +1,225 @@
+"""One step of the inner loop: what is kept of it, and how it is run again from a carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
+from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, gradients
+from lowmem_higher.program import Ref, StepInputs, StepProgram, modified_error
+from lowmem_higher.record import version_of
+from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
+from lowmem_higher.structure import Structure, unflatten
+from lowmem_higher.watch import Watcher
+
+StateKey = tuple[int, int, str]  # parameter group, parameter in it, name
+
+
+@dataclass(eq=False)
+class Carry:
+    """What a step maps to the next: fast weights, optimizer state, buffers. Detached."""
+
+    weights: list[Tensor]
+    state: State
+    buffers: tuple[Tensor, ...]
+    versions: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.versions = [version_of(tensor) for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the carry."""
+        return [*self.weights, *(state_leaf(self.state, key) for key in state_keys(self.state)), *self.buffers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.tensors()}
+        return sum(storages.values())
+
+    def check_unmodified(self, time: int) -> None:
+        """Rule R4, for the carry: fast weights are updated by steps and `update_params`, not in place."""
+        for tensor, version in zip(self.tensors(), self.versions, strict=True):
+            if version_of(tensor) != version:
+                raise ExternalModifiedError(
+                    f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was "
+                    "modified in place after it was kept for the backward. Set new values with fmodel.update_params([...])."
+                )
+
+
+def state_keys(state: State) -> list[StateKey]:
+    """Where the optimizer state holds tensors."""
+    return [
+        (group, index, name)
+        for group, entries in enumerate(state)
+        for index, entry in entries.items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    ]
+
+
+def state_leaf(state: State, key: StateKey) -> Tensor:
+    """One tensor of the optimizer state."""
+    found: Tensor = state[key[0]][key[1]][key[2]]
+    return found
+
+
+def with_state_leaves(state: State, leaves: dict[StateKey, Tensor]) -> State:
+    """The same optimizer state with some tensors replaced."""
+    new = [{index: dict(entry) for index, entry in entries.items()} for entries in state]
+    for (group, index, name), tensor in leaves.items():
+        new[group][index][name] = tensor
+    return new
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors a step's node takes and gives: shared by all steps alike."""
+
+    trainable: tuple[bool, ...]
+    weights_in: tuple[int, ...]
+    state_in: tuple[StateKey, ...]
+    externals_in: tuple[int, ...]
+    weights_out: tuple[int, ...]
+    state_out: tuple[StateKey, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """How the update of a step was configured: hyperparameters, callback, switches. Shared by steps alike."""
+
+    structure: Structure
+    refs: tuple[Ref, ...]
+    ambient: Ambient
+    found: tuple[Ref, ...]
+
+
+@dataclass
+class StepRun:
+    """What one run of a step gave. `weights` and `state` have a graph in a second-order run."""
+
+    weights: list[Tensor]
+    state: State
+    buffers: tuple[Tensor, ...]
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class StepRecord:
+    """What is kept of one step: references, numbers, random states; no tensor that the step made."""
+
+    time: int
+    program: StepProgram
+    layout: Layout
+    update: Update
+    rules: DifferentiableOptimizer
+    names: list[str]
+    externals: list[Tensor]
+    versions: tuple[int, ...]
+    numbers: tuple[Any, ...]
+    rng: tuple[RngState | None, ...]
+    states: tuple[ModuleState | None, ...]
+    targets: dict[int, Any]
+    callback: GradCallback | None
+    callback_rng: RngState | None
+    fingerprint: Tensor | None
+    segment: Any
+    previous: StepRecord | None
+
+    def stand_ins(self) -> list[Tensor]:
+        """The externals, cut off from the user's graph where they have one, to collect their gradients apart."""
+        for tensor, version in zip(self.externals, self.versions, strict=True):
+            if version_of(tensor) != version:
+                raise modified_error(tensor, version, f"after step {self.time}")
+        return [tensor.detach().requires_grad_() if tensor.requires_grad else tensor for tensor in self.externals]
+
+    def run(
+        self,
+        weights: list[Tensor],
+        state: State,
+        buffers: tuple[Tensor, ...],
+        externals: list[Tensor],
+        *,
+        create_graph: bool,
+    ) -> StepRun:
+        """Run the step again (rule R1); the one place where that is done."""
+        inputs = StepInputs(externals, self.externals, self.numbers, self.rng, self.states, self.targets)
+        loss, new_buffers = self.program.run(weights, buffers, inputs)
+        with self.update.ambient.restored():
+            grads: Gradients = gradients(loss, weights, create_graph=create_graph)
+            if self.fingerprint is not None:
+                check_fingerprint(self, loss, grads)
+            if self.callback is not None:
+                stand_ins = {id(self.externals[ref.index]): externals[ref.index] for ref in self.update.found}
+                given = [grad for grad in grads if grad is not None]
+                with torch.enable_grad(), rng_restored(self.callback_rng), Watcher(given, stand_ins).on():
+                    grads = self.callback(list(grads))
+            with torch.set_grad_enabled(create_graph):
+                new_weights, new_state = self.rules.advance(weights, grads, state, self.groups(externals))
+        return StepRun(new_weights, new_state, new_buffers)
+
+    def groups(self, externals: Sequence[Tensor]) -> list[Group]:
+        """The hyperparameters of this step."""
+        leaves = (externals[ref.index] if ref.kind == "external" else self.numbers[ref.index] for ref in self.update.refs)
+        groups: list[Group] = unflatten(self.update.structure, leaves)
+        return groups
+
+
+def advance_carry(record: StepRecord, carry: Carry) -> Carry:
+    """The next carry, by a first-order run."""
+    weights = [
+        weight.detach().requires_grad_(trainable)
+        for weight, trainable in zip(carry.weights, record.layout.trainable, strict=True)
+    ]
+    run = record.run(weights, carry.state, carry.buffers, record.stand_ins(), create_graph=False)
+    return Carry([weight.detach() for weight in run.weights], run.state, run.buffers)
+
+
+def fingerprint(loss: Tensor, grads: Gradients) -> Tensor:
+    """A few numbers that tell one run of a step from another: the loss, and each gradient's sum and norm."""
+    with torch.no_grad():
+        parts = [loss.reshape(())]
+        for grad in grads:
+            if grad is not None:
+                parts += [grad.sum(), torch.linalg.vector_norm(grad)]
+        return torch.stack([part.to(loss.device, torch.float64) for part in parts])
+
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_COARSE_TOLERANCE = 3e-2  # half precision and autocast
+
+
+def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> None:
+    """Rule R10: a replay gives what the user's code gave, or raises."""
+    assert record.fingerprint is not None
+    found, expected = fingerprint(loss, grads), record.fingerprint
+    present = [(name, grad) for name, grad in zip(record.names, grads, strict=True) if grad is not None]
+    tolerance = max(_TOLERANCE.get(tensor.dtype, _COARSE_TOLERANCE) for tensor in (loss, *(grad for _, grad in present)))
+    ambients = (instruction.ambient for instruction in record.program.instructions)
+    if any(ambient.autocast_enabled for ambient in ambients):
+        tolerance = _COARSE_TOLERANCE
+    labels, scales = ["the loss"], [expected[0].abs()]
+    if len(found) == len(expected):
+        for position, (name, grad) in enumerate(present):
+            labels += [f"the sum of the gradient of {name}", f"the norm of the gradient of {name}"]
+            norm = expected[2 + 2 * position]
+            scales += [norm * grad.numel() ** 0.5, norm]
+        bad = (found - expected).abs() > tolerance * torch.stack(scales)
+        bad |= found.isnan() != expected.isnan()
+        if not bad.any():
+            return
+        worst = int(bad.nonzero()[0])
+        difference = f"{labels[worst]} was {expected[worst].item():.9g} in your loop and is {found[worst].item():.9g} now"
+    else:
+        difference = "other parameters have a gradient than in your loop"
+    raise ReplayMismatchError(
+        f"The replay of step {record.time} differs from what your code computed: {difference}. Likely causes: forward, "
+        "grad_callback or the function given to step reads something that changed since and is no argument (a global, "
+        "a list, an attribute of another object); it draws random numbers from numpy or random; the model writes into "
+        "tensors that are not buffers; kernels that are not deterministic. Pass what changes as an argument, use "
+        "torch's generators, register_buffer for state."
+    )

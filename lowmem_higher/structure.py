@@ -1,0 +1,99 @@
+"""Nested arguments and results: taken apart into a hashable structure and a list of leaves, and put together again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Values that are part of the structure: they are immutable, compare by value and never carry a gradient.
+_CONSTANTS = (
+    str,
+    bytes,
+    bool,
+    type(None),
+    type(Ellipsis),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """The place of a leaf in a structure; `kind` is "tensor" or "value"."""
+
+    kind: str
+
+
+TENSOR, VALUE = Leaf("tensor"), Leaf("value")
+Structure = Any  # nested tuples of constants and Leaf, hashable
+
+
+def flatten(value: Any, leaves: list[Any]) -> Structure:
+    """Append the leaves of `value` to `leaves` and return its structure.
+
+    Tuples (named ones too), lists, dictionaries and slices are opened. Numbers are leaves rather than constants, so
+    that a step which differs only in a number has the same structure. An array is copied, since its owner may write
+    into it; any other object is a leaf by reference.
+    """
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return TENSOR
+    kind = type(value)
+    if issubclass(kind, _CONSTANTS):
+        return value
+    if kind is tuple or kind is list:
+        return (kind, tuple([flatten(item, leaves) for item in value]))
+    if issubclass(kind, tuple):  # named tuples and torch's own result tuples
+        return (kind, tuple([flatten(item, leaves) for item in value]))
+    if kind is dict:
+        return (dict, tuple(value), tuple([flatten(item, leaves) for item in value.values()]))
+    if kind is slice:
+        return (slice, tuple([flatten(item, leaves) for item in (value.start, value.stop, value.step)]))
+    leaves.append(copy.copy(value) if hasattr(value, "__array__") else value)
+    return VALUE
+
+
+def unflatten(structure: Structure, leaves: Any) -> Any:
+    """Put a structure together again from an iterator over its leaves."""
+    if isinstance(structure, Leaf):
+        return next(leaves)
+    if not isinstance(structure, tuple):
+        return structure
+    kind = structure[0]
+    if kind is dict:
+        return {key: unflatten(item, leaves) for key, item in zip(structure[1], structure[2], strict=True)}
+    items = [unflatten(item, leaves) for item in structure[1]]
+    if kind is slice:
+        return slice(*items)
+    if kind is tuple or kind is list:
+        return kind(items)
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a result, in a fixed order; dictionaries of any class and dataclasses are opened too."""
+    found: list[Tensor] = []
+    _collect(value, found.append)
+    return found
+
+
+def _collect(value: Any, add: Callable[[Tensor], None]) -> None:
+    if isinstance(value, Tensor):
+        add(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _collect(item, add)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _collect(item, add)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _collect(getattr(value, field.name), add)

@@ -1,0 +1,433 @@
+"""The trajectory of one inner loop: takes its steps, keeps the carries that the schedule names, hands out the others.
+
+A `Segment` is a kept carry and the steps that follow it up to the next one. Who needs what holds it: the graph's nodes
+hold the records of their steps, a record holds its segment and the record before it in the segment. The trajectory
+itself holds only the newest record. So everything is freed by reference counting, as soon as no gradient can need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_higher.errors import RecordError
+from lowmem_higher.live_module import LiveModule
+from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, check_loss, gradients
+from lowmem_higher.patch import FunctionalModule
+from lowmem_higher.program import Externals, Ref, StepProgram, check_dependence, cut
+from lowmem_higher.pullback import NativeReplay, Replay, StepGraph, TorchReplay, attach
+from lowmem_higher.record import BufferState, Node, Recorder, version_of
+from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
+from lowmem_higher.report import Report
+from lowmem_higher.schedule import Periodic
+from lowmem_higher.step import (
+    Carry,
+    Layout,
+    StateKey,
+    StepRecord,
+    Update,
+    advance_carry,
+    fingerprint,
+    state_keys,
+    state_leaf,
+    with_state_leaves,
+)
+from lowmem_higher.structure import flatten
+from lowmem_higher.watch import Watcher
+
+
+@dataclass(eq=False)
+class Segment:
+    """A kept carry, and what is replayed from it while the backward works through its steps."""
+
+    start: int
+    carry: Carry
+    replayed: dict[int, Carry] = field(default_factory=dict)
+    graphs: dict[int, StepGraph] = field(default_factory=dict)
+
+
+class Ledger:
+    """Counts runs, and the bytes of the carries that are alive."""
+
+    def __init__(self) -> None:
+        self.steps = self.first_order_runs = self.second_order_runs = 0
+        self.checkpoints = self.checkpoints_peak = 0
+        self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
+        self.forward_seconds = self.backward_seconds = 0.0
+
+    def keep(self, carry: Carry, *, checkpoint: bool) -> Carry:
+        """Count a carry until it is freed."""
+        size = carry.nbytes
+        self._add(size, int(checkpoint))
+        self.carry_bytes = max(self.carry_bytes, size)
+        weakref.finalize(carry, self._add, -size, -int(checkpoint)).atexit = False
+        return carry
+
+    def _add(self, size: int, checkpoints: int) -> None:
+        self.carries_bytes += size
+        self.checkpoints += checkpoints
+        self.carries_peak_bytes = max(self.carries_peak_bytes, self.carries_bytes)
+        self.checkpoints_peak = max(self.checkpoints_peak, self.checkpoints)
+
+    def count_first_order(self) -> None:
+        """Count a first-order run."""
+        self.first_order_runs += 1
+
+    def count_second_order(self) -> None:
+        """Count a second-order run."""
+        self.second_order_runs += 1
+
+    def report(self, externals_bytes: int) -> Report:
+        """The counts as a value."""
+        return Report(
+            self.steps,
+            self.first_order_runs,
+            self.second_order_runs,
+            self.checkpoints,
+            self.checkpoints_peak,
+            self.carry_bytes,
+            self.carries_peak_bytes,
+            externals_bytes,
+            self.forward_seconds,
+            self.backward_seconds,
+        )
+
+
+class Trajectory:
+    """Takes the steps of one checkpointed inner loop, and pulls them back.
+
+    Args:
+        optimizer: The differentiable optimizer whose steps these are.
+        live: The model under recording.
+        recorder: The recorder of this thread.
+        schedule: Which carries are kept.
+        replay: "native" or "torch".
+        verify: "new", "all" or "off": which replays are checked.
+    """
+
+    def __init__(
+        self,
+        optimizer: DifferentiableOptimizer,
+        live: LiveModule,
+        recorder: Recorder,
+        schedule: Periodic,
+        replay: str,
+        verify: str,
+    ) -> None:
+        self.ledger = Ledger()
+        self.program: StepProgram | None = None
+        self._rules = optimizer.rules_only()
+        self._live = live
+        self._recorder = recorder
+        self._schedule = schedule
+        strategies: dict[str, type[NativeReplay] | type[TorchReplay]] = {"native": NativeReplay, "torch": TorchReplay}
+        self._replay: Replay = strategies[replay](self.ledger.count_second_order)
+        self._verify = verify
+        self._programs: dict[StepProgram, StepProgram] = {}
+        self._layouts: dict[Layout, Layout] = {}
+        self._updates: dict[Update, Update] = {}
+        self._uses: Counter[StepProgram] = Counter()
+        self._records: list[weakref.ref[StepRecord]] = []
+        self._tail: StepRecord | None = None
+        self._outputs: list[Tensor] = []  # weights and state as the last step left them
+        self._weight_versions = [version_of(weight) for weight in optimizer._fmodel._view.current]
+        self._window = 0
+        self._since = 0
+        self._window_buffers = BufferState(())
+        self._open = False
+        self._entered = time.perf_counter()
+
+    def open(self) -> None:
+        """The context is entered: record from here on."""
+        self._recorder.enter()
+        self._open = True
+        self._start_window()
+
+    def close(self) -> None:
+        """The context is left. The graph stays usable."""
+        self._recorder.leave(self)
+        self._open = False
+
+    @property
+    def report(self) -> Report:
+        """What the run has cost so far."""
+        storages: dict[int, int] = {}
+        for reference in self._records:
+            record = reference()
+            for tensor in record.externals if record is not None else ():
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return self.ledger.report(sum(storages.values()))
+
+    def count_step(self) -> None:
+        """The full unroll's way to count; this trajectory counts its own steps."""
+
+    # Taking steps
+
+    def step(
+        self,
+        optimizer: DifferentiableOptimizer,
+        loss: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        callback: GradCallback | None,
+    ) -> None:
+        """Take one step and leave its node in the graph. Nothing is changed if this raises (rule R12)."""
+        if not self._open and not callable(loss):
+            raise RecordError(
+                "step(loss) was called after the context was left, where nothing is recorded. Take the step inside "
+                "`with innerloop_ctx(...)`, or as diffopt.step(fn, *args), which needs no recording."
+            )
+        if self._recorder.inside:
+            raise RecordError("A step was taken inside forward, or inside a function that the engine calls; take it in the loop.")
+        fmodel: FunctionalModule = optimizer._fmodel
+        with self._recording():
+            node = None
+            if callable(loss):
+                run = functools.partial(loss, fmodel)
+                loss, node = self._live.call(fmodel, loss, run, args, kwargs)
+            check_loss(loss)
+            with self._recorder.watching(None):
+                self._take(optimizer, fmodel, loss, node, callback)
+            self._start_window()
+        self.ledger.forward_seconds = time.perf_counter() - self._entered
+
+    def _take(
+        self,
+        optimizer: DifferentiableOptimizer,
+        fmodel: FunctionalModule,
+        loss: Tensor,
+        node: Node | None,
+        callback: GradCallback | None,
+    ) -> None:
+        weights = fmodel._view.current
+        state = optimizer.state
+        continues = self._check_weights(weights, state)
+        buffers = self._live.current_buffers(fmodel)
+        externals = Externals()
+        piece = cut(self._recorder, loss, node, self._window, weights, self._window_buffers, buffers, externals)
+        program = self._programs.setdefault(piece.program, piece.program)
+        checked = self._checked(program)
+        made_inside = functools.partial(self._recorder.made_in, self._window) if checked else None
+        check_dependence(loss, weights, externals.tensors, self._since, made_inside)
+
+        ambient = Ambient.capture()
+        grads: Gradients = gradients(loss, weights, create_graph=False)
+        mark = fingerprint(loss, grads) if checked else None
+        found: list[Tensor] = []
+        callback_rng = None
+        if callback is not None:
+            grads, found, callback_rng = self._call_back(callback, grads)
+        numbers = list(piece.numbers)
+        update = self._configured(optimizer, externals, numbers, ambient, found)
+        with torch.no_grad():
+            new_weights, new_state = optimizer.advance(weights, grads, state, optimizer.param_groups)
+
+        layout = self._layout(weights, new_weights, state, new_state, externals.tensors)
+        keep = not continues or self._tail is None or self._schedule.keeps(self.ledger.steps, self._tail.segment.start)
+        segment = self._kept(weights, state) if keep else self._tail.segment  # type: ignore[union-attr]  # see keep
+        record = StepRecord(
+            time=self.ledger.steps,
+            program=program,
+            layout=layout,
+            update=update,
+            rules=self._rules,
+            names=fmodel._view.slots.names,
+            externals=externals.tensors,
+            versions=tuple(externals.versions),
+            numbers=tuple(numbers),
+            rng=piece.rng,
+            states=piece.states,
+            targets=piece.targets,
+            callback=callback,
+            callback_rng=callback_rng,
+            fingerprint=mark,
+            segment=segment,
+            previous=None if keep else self._tail,
+        )
+        inputs = [
+            *(weights[index] for index in layout.weights_in),
+            *(state_leaf(state, key) for key in layout.state_in),
+            *(externals.tensors[index] for index in layout.externals_in),
+        ]
+        outputs = [
+            *(new_weights[index] for index in layout.weights_out),
+            *(state_leaf(new_state, key).detach() for key in layout.state_out),
+        ]
+        attached, past = attach(self, record, outputs, inputs)
+        public = list(weights)
+        for index, output in zip(layout.weights_out, attached, strict=False):
+            public[index] = output
+        leaves = dict(zip(layout.state_out, attached[len(layout.weights_out) :], strict=True))
+
+        # From here on nothing can fail: make the step's results the current ones.
+        fmodel._view.append(public, past)
+        optimizer.state = with_state_leaves(new_state, leaves)
+        self.program = program
+        self._uses[program] += 1
+        self._tail = record
+        self._records.append(weakref.ref(record))
+        self._outputs = [*public, *(state_leaf(optimizer.state, key) for key in state_keys(optimizer.state))]
+        self._weight_versions = [version_of(weight) for weight in public]
+        self._window_buffers = buffers
+        self.ledger.steps += 1
+        self.ledger.count_first_order()
+
+    def _start_window(self) -> None:
+        self._window = self._recorder.start_window(self)
+        self._since = torch._C._autograd._get_sequence_nr()
+        if self.ledger.steps == 0:
+            self._window_buffers = self._live.buffers
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Record also after the context was left, for one step that runs a function."""
+        if self._open:
+            yield
+            return
+        self._recorder.enter()
+        try:
+            self._start_window()
+            yield
+        finally:
+            self._recorder.leave(self)
+
+    def _check_weights(self, weights: list[Tensor], state: State) -> bool:
+        """Whether weights and state are as the last step left them; if not, this step's carry is kept."""
+        now = [*weights, *(state_leaf(state, key) for key in state_keys(state))]
+        continues = len(now) == len(self._outputs) and all(map(_same, now, self._outputs))
+        if continues and [version_of(weight) for weight in weights] != self._weight_versions:
+            raise RecordError(
+                "A fast weight was modified in place since the last step, which neither this step's gradient nor its "
+                "replay can account for. Set new values instead: fmodel.update_params([new values])."
+            )
+        return continues
+
+    def _checked(self, program: StepProgram) -> bool:
+        """Whether this step keeps a fingerprint: under "new" the 1st, 2nd, 4th, 8th ... use of each program.
+
+        The first use alone would leave a program unchecked that a backward does not follow to its start.
+        """
+        uses = self._uses[program] + 1
+        return self._verify == "all" or (self._verify == "new" and uses & (uses - 1) == 0)
+
+    def _call_back(self, callback: GradCallback, grads: Gradients) -> tuple[Gradients, list[Tensor], RngState | None]:
+        rng = capture_rng(self._recorder.devices)
+        watcher = Watcher([grad for grad in grads if grad is not None])
+        with torch.enable_grad(), watcher.on():
+            used = callback(list(grads))
+        drawn = None if same_rng(rng, capture_rng(self._recorder.devices)) else rng
+        return [None if grad is None else grad.detach() for grad in used], watcher.found, drawn
+
+    def _configured(
+        self,
+        optimizer: DifferentiableOptimizer,
+        externals: Externals,
+        numbers: list[Any],
+        ambient: Ambient,
+        found: list[Tensor],
+    ) -> Update:
+        leaves: list[Any] = []
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        structure = flatten(groups, leaves)
+        refs = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                refs.append(externals.ref(leaf, version_of(leaf)))
+            else:
+                refs.append(Ref("number", len(numbers)))
+                numbers.append(leaf)
+        found_refs = tuple([externals.ref(tensor, version_of(tensor)) for tensor in found])
+        update = Update(structure, tuple(refs), ambient, found_refs)
+        return self._updates.setdefault(update, update)
+
+    def _layout(
+        self, weights: list[Tensor], new_weights: list[Tensor], state: State, new_state: State, externals: list[Tensor]
+    ) -> Layout:
+        updated = tuple([index for index, (old, new) in enumerate(zip(weights, new_weights, strict=True)) if old is not new])
+        changed: list[StateKey] = [
+            key for key in state_keys(new_state) if key not in set(state_keys(state)) or state_leaf(state, key) is not state_leaf(new_state, key)
+        ]
+        layout = Layout(
+            trainable=tuple([weight.requires_grad for weight in weights]),
+            weights_in=tuple([index for index, weight in enumerate(weights) if weight.requires_grad]),
+            state_in=tuple([key for key in state_keys(state) if state_leaf(state, key).requires_grad]),
+            externals_in=tuple([index for index, tensor in enumerate(externals) if tensor.requires_grad]),
+            weights_out=updated,
+            state_out=tuple(changed),
+        )
+        return self._layouts.setdefault(layout, layout)
+
+    def _kept(self, weights: list[Tensor], state: State) -> Segment:
+        leaves = {key: state_leaf(state, key).detach() for key in state_keys(state)}
+        carry = Carry([w.detach() for w in weights], with_state_leaves(state, leaves), self._window_buffers.tensors)
+        return Segment(self.ledger.steps, self.ledger.keep(carry, checkpoint=True))
+
+    # Handing out carries
+
+    def carry_before(self, record: StepRecord) -> Carry:
+        """The carry that a step started from; replayed from the nearest earlier one that is held."""
+        segment: Segment = record.segment
+        missing = []
+        current: StepRecord | None = record
+        while current is not None and current.time != segment.start and current.time not in segment.replayed:
+            current = current.previous
+            assert current is not None
+            missing.append(current)
+        assert current is not None
+        if current.time == segment.start:
+            segment.carry.check_unmodified(segment.start)
+            carry = segment.carry
+        else:
+            carry = segment.replayed[current.time]
+        for step in reversed(missing):
+            carry = self._advance(step, carry)
+            segment.replayed[step.time + 1] = carry
+        return carry
+
+    def weights_after(self, record: StepRecord) -> list[Tensor]:
+        """The fast weights that a step ended with; replayed, and held until the next step or backward of its segment."""
+        segment: Segment = record.segment
+        with self._recorder.watching(None):
+            if record.time + 1 not in segment.replayed:
+                segment.replayed[record.time + 1] = self._advance(record, self.carry_before(record))
+        return segment.replayed[record.time + 1].weights
+
+    def _advance(self, record: StepRecord, carry: Carry) -> Carry:
+        self.ledger.count_first_order()
+        return self.ledger.keep(advance_carry(record, carry), checkpoint=False)
+
+    # Going back
+
+    def pull_back(self, record: StepRecord, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of a step's inputs, from the cotangents of its outputs."""
+        started = time.perf_counter()
+        segment: Segment = record.segment
+        segment.replayed.pop(record.time + 1, None)
+        with self._recorder.watching(None), torch.enable_grad():
+            graph = self._replay.graph(record, self)
+        with self._recorder.watching(None):
+            grads = graph.pull_back(cotangents)
+        segment.replayed.pop(record.time, None)
+        self.ledger.backward_seconds += time.perf_counter() - started
+        return grads
+
+    def spent(self, record: StepRecord) -> None:
+        """The step was pulled back for the last time: if it was the newest, the next one starts from a kept carry."""
+        if self._tail is record:
+            self._tail = None
+
+
+def _same(one: object, other: object) -> bool:
+    return one is other
+
+
