@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowmem_higher.errors import RecordError, ReplayMismatchError
@@ -120,24 +121,26 @@ class LiveModule:
     ) -> tuple[Any, Node]:
         """Run `run(*args, **kwargs)` with the current weights in place; returns the result and the node."""
         recorder, view = self.recorder, fmodel._view
-        leaves: list[Any] = []
-        structure = flatten((args, kwargs), leaves)
-        buffers = self.current_buffers(fmodel)
-        self._state = ModuleState.capture(fmodel, self._state)
-        given = [*view.current, *view.slots.read_buffers(), *tensors_in((args, kwargs))]
-        watcher = Watcher(given, inner_leaves=recorder.inner_leaves)
-        inside = Inside(view.current, buffers, self._state, watcher.found, [])
-        node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
-        rng = capture_rng(recorder.devices)
+        with torch._C.DisableTorchFunction():  # our own reading of tensors is not to be seen
+            leaves: list[Any] = []
+            structure = flatten((args, kwargs), leaves)
+            buffers = self.current_buffers(fmodel)
+            self._state = ModuleState.capture(fmodel, self._state)
+            given = [*view.current, *view.slots.read_buffers(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
+            watcher = Watcher(given, inner_leaves=recorder.inner_leaves)
+            inside = Inside(view.current, buffers, self._state, watcher.found, [])
+            node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
+            rng = capture_rng(recorder.devices)
         with recorder.watching(watcher), weights_follow_recompute(view.slots, view.current):
             out = run(*args, **kwargs)
-        if not same_rng(rng, capture_rng(recorder.devices)):
-            node.rng = rng
-        inside.found_versions = [version_of(tensor) for tensor in watcher.found]
-        if self._visible_changed(view.slots):
-            self._freeze(view.slots, node)
-        if recorder.active:
-            recorder.add(node, tensors_in(out))
+        with torch._C.DisableTorchFunction():
+            if not same_rng(rng, capture_rng(recorder.devices)):
+                node.rng = rng
+            inside.found_versions = [version_of(tensor) for tensor in watcher.found]
+            if self._visible_changed(view.slots):
+                self._freeze(view.slots, node)
+            if recorder.active:
+                recorder.add(node, tensors_in(out))
         return out, node
 
     def current_buffers(self, fmodel: FunctionalModule) -> BufferState:

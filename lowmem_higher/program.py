@@ -69,11 +69,12 @@ class StepProgram:
             "made": lambda ref: results[ref.index][0 if ref.output >= 0 else 1][_position(ref.output)],
             "buffers": lambda ref: results[ref.index][2][ref.output],
         }
+        now = Ambient.capture()
         for instruction, rng, state in zip(self.instructions, inputs.rng, inputs.states, strict=True):
             leaves = [values[ref.kind](ref) for ref in instruction.refs]
             args, kwargs = unflatten(instruction.structure, iter(leaves))
             after: tuple[Tensor, ...] = ()
-            with instruction.ambient.restored(), rng_restored(rng):
+            with instruction.ambient.restored(now), rng_restored(rng):
                 if isinstance(instruction.call, ModuleCall):
                     assert state is not None
                     own = instruction.weights, instruction.buffers

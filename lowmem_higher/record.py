@@ -316,7 +316,10 @@ def recorder() -> Recorder:
 
 def version_of(tensor: Tensor) -> int:
     """How often the storage was written into; 0 for an inference tensor, which does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def sequence_nr(tensor: Tensor) -> int | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,10 +86,13 @@ class Ambient:
         """Whether autocast was on for any device."""
         return any(self.switches[2 : 2 + 2 * len(_AUTOCAST_DEVICES) : 2])
 
+    def restored(self, now: Ambient) -> AbstractContextManager[None]:
+        """Set the switches to this moment inside the block; `now` is how they stand."""
+        return _UNCHANGED if now is self and not self.autocast_enabled else self._restored()
+
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Set the switches to this moment inside the block. Autocast's cache of cast weights is left out of it:
-        a weight cast for one replay must not serve the next."""
+    def _restored(self) -> Iterator[None]:
+        # Autocast's cache of cast weights is kept out: a weight cast for one replay must not serve, or outlive, another.
         now = _read_switches()
         cache = torch.is_autocast_cache_enabled()
         try:
@@ -102,6 +105,7 @@ class Ambient:
 
 
 _ambients: dict[tuple[Any, ...], Ambient] = {}
+_UNCHANGED = nullcontext()
 
 
 def _write_differences(now: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
@@ -134,12 +138,13 @@ def _write_rng(state: RngState) -> None:
             torch.get_device_module(device).set_rng_state(value, device)
 
 
-@contextmanager
-def rng_restored(state: RngState | None) -> Iterator[None]:
+def rng_restored(state: RngState | None) -> AbstractContextManager[None]:
     """Draw from `state` inside the block (None: do nothing); afterwards the generators are as they were."""
-    if state is None:
-        yield
-        return
+    return _UNCHANGED if state is None else _rng_restored(state)
+
+
+@contextmanager
+def _rng_restored(state: RngState) -> Iterator[None]:
     before = capture_rng(device for device, _ in state if device.type != "cpu")
     try:
         _write_rng(state)
@@ -202,16 +207,14 @@ class ModuleState:
                 f"A tensor that the model holds as a plain attribute (one of: {names}) was modified in place after a "
                 "recorded step read it. Register it as a buffer, register_buffer(name, tensor), or set a new tensor."
             )
-        before = [dict(module.__dict__) for module in modules]
+        before = [module.__dict__ for module in modules]
         try:
             for module, plain, tensors in zip(modules, self.plain, self.tensors, strict=True):
-                module.__dict__.update(plain)
-                module.__dict__.update(tensors)
+                module.__dict__ = {**module.__dict__, **plain, **tensors}
             yield
         finally:
             for module, attributes in zip(modules, before, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+                module.__dict__ = attributes
 
 
 def _same_tensors(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:

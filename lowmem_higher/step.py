@@ -149,7 +149,7 @@ class StepRecord:
         """Run the step again (rule R1); the one place where that is done."""
         inputs = StepInputs(externals, self.externals, self.numbers, self.rng, self.states, self.targets)
         loss, new_buffers = self.program.run(weights, buffers, inputs)
-        with self.update.ambient.restored():
+        with self.update.ambient.restored(Ambient.capture()):
             grads: Gradients = gradients(loss, weights, create_graph=create_graph)
             if self.fingerprint is not None:
                 check_fingerprint(self, loss, grads)

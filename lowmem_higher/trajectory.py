@@ -195,8 +195,8 @@ class Trajectory:
             if callable(loss):
                 run = functools.partial(loss, fmodel)
                 loss, node = self._live.call(fmodel, loss, run, args, kwargs)
-            check_loss(loss)
-            with self._recorder.watching(None):
+            with self._recorder.watching(None), torch._C.DisableTorchFunction():
+                check_loss(loss)
                 self._take(optimizer, fmodel, loss, node, callback)
             self._start_window()
         self.ledger.forward_seconds = time.perf_counter() - self._entered
@@ -221,7 +221,8 @@ class Trajectory:
         check_dependence(loss, weights, externals.tensors, self._since, made_inside)
 
         ambient = Ambient.capture()
-        grads: Gradients = gradients(loss, weights, create_graph=False)
+        with torch._C._EnableTorchFunction():  # the backward may run the model's code again (rule R7)
+            grads: Gradients = gradients(loss, weights, create_graph=False)
         mark = fingerprint(loss, grads) if checked else None
         found: list[Tensor] = []
         callback_rng = None
@@ -323,7 +324,7 @@ class Trajectory:
     def _call_back(self, callback: GradCallback, grads: Gradients) -> tuple[Gradients, list[Tensor], RngState | None]:
         rng = capture_rng(self._recorder.devices)
         watcher = Watcher([grad for grad in grads if grad is not None])
-        with torch.enable_grad(), watcher.on():
+        with torch.enable_grad(), torch._C._EnableTorchFunction(), watcher.on():
             used = callback(list(grads))
         drawn = None if same_rng(rng, capture_rng(self._recorder.devices)) else rng
         return [None if grad is None else grad.detach() for grad in used], watcher.found, drawn

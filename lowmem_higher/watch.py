@@ -52,27 +52,36 @@ class Watcher(TorchFunctionMode):
         """Look at the arguments of one torch call, then run it."""
         args, kwargs = self.look(args, kwargs or {})
         out = func(*args, **kwargs)
-        for tensor in tensors_in(out):
-            if tensor.is_leaf:
+        for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
+            if tensor.requires_grad and tensor.grad_fn is None:
                 self._known.add(id(tensor))
-                if tensor.requires_grad and self._inner_leaves is not None:
+                if self._inner_leaves is not None:
                     self._inner_leaves.set(tensor, True)
         return out
 
     def look(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Note what is unknown among the arguments; give them back with stand-ins in place."""
+        if not any(map(self._unknown, args)) and not (kwargs and any(map(self._unknown, kwargs.values()))):
+            return args, kwargs
         leaves: list[Any] = []
         structure = flatten((args, kwargs), leaves)
-        replaced = False
         for position, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor) or not leaf.requires_grad or id(leaf) in self._known:
-                continue
-            if id(leaf) in self._stand_ins:
-                leaves[position], replaced = self._stand_ins[id(leaf)], True
-            elif _made_before(leaf, self._made_from):
-                self._known.add(id(leaf))
-                self.found.append(leaf)
-        return unflatten(structure, iter(leaves)) if replaced else (args, kwargs)
+            if self._unknown(leaf):
+                if id(leaf) in self._stand_ins:
+                    leaves[position] = self._stand_ins[id(leaf)]
+                else:
+                    self._known.add(id(leaf))
+                    self.found.append(leaf)
+        return unflatten(structure, iter(leaves))
+
+    def _unknown(self, value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return value.requires_grad and id(value) not in self._known and (
+                id(value) in self._stand_ins or _made_before(value, self._made_from)
+            )
+        if isinstance(value, (tuple, list)):
+            return any(map(self._unknown, value))
+        return isinstance(value, dict) and any(map(self._unknown, value.values()))
 
     @contextmanager
     def on(self) -> Iterator[None]:

@@ -44,7 +44,9 @@ class Accuracy:
     clean: float
 
 
-def measure(digits: Digits, first: MetaParameters, learned: MetaParameters, options: Options, bar: Progress) -> Accuracy:
+def measure(
+    digits: Digits, first: MetaParameters, learned: MetaParameters, options: Options, bar: Progress
+) -> Accuracy:
     """Trains all the nets for `options.steps` steps each and tests them."""
     noisy = (digits.train_images, digits.train_labels)
     validation = (digits.validation_images, digits.validation_labels)
@@ -90,4 +92,4 @@ def _accuracy(
         sgd.step()
     with torch.no_grad():
         named = model(digits.test_images).argmax(dim=1)
-    return (named == digits.test_labels).double().mean().item()
+    return int((named == digits.test_labels).sum()) / len(named)

@@ -14,7 +14,7 @@ from lowmem_higher.demo.progress import CHECKPOINTED_PASSES, Progress
 from lowmem_higher.testing import live_bytes
 
 UNROLL_LIMIT = 2 * 10**9
-"""The full unroll is measured up to the number of steps that fits in these bytes, so that a long demo is safe to run."""
+"""The full unroll is measured up to the number of steps that fits in these bytes: a long demo must be safe to run."""
 
 _SHARES_OF_STEPS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _REPEATS = 3
@@ -66,7 +66,8 @@ def compare(digits: Digits, meta: MetaParameters, options: Options, progress: Pr
     def peak(steps: int, checkpoint_every: int | None) -> int:
         with live_bytes() as memory:
             run(steps, checkpoint_every)
-        return memory.peak
+        highest: int = memory.peak
+        return highest
 
     every = options.checkpoint_every
     points = sorted({max(1, round(share * options.steps)) for share in _SHARES_OF_STEPS})
@@ -109,4 +110,4 @@ def _relative_difference(have: list[torch.Tensor], want: list[torch.Tensor]) -> 
     """|have - want| / |want| over all the tensors; infinite where `want` is zero, which would prove nothing."""
     difference = sum((a - b).pow(2).sum().item() for a, b in zip(have, want, strict=True)) ** 0.5
     norm = sum(b.pow(2).sum().item() for b in want) ** 0.5
-    return difference / norm if norm > 0 else float("inf")
+    return float(difference / norm) if norm > 0 else float("inf")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Never
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ class Progress:
     """The bar of the current phase. The model calls `tick` in its forward, which the replays call as well."""
 
     silent: bool = False
-    _bar: tqdm[None] | None = field(default=None, repr=False)
+    _bar: tqdm[Never] | None = field(default=None, repr=False)
 
     @contextmanager
     def phase(self, name: str, passes: int) -> Iterator[None]:

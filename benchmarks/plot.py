@@ -1,0 +1,182 @@
+"""Pictures from the JSON of the benchmarks.
+
+python benchmarks/plot.py            # draw every picture of benchmarks/results/ again, without measuring
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+COLORS = {
+    "higher": "#c0392b",
+    "full unroll": "#e08e0b",
+    "native": "#1f6fb4",
+    "native sqrt": "#14876b",
+    "torch": "#7d5ba6",
+}
+LEGEND = {"native": "native, N=10", "native sqrt": "native, N=sqrt(T)", "torch": "torch, N=10"}
+INK, GRID = "#222222", "#dddddd"
+
+
+def _bytes(value: float, _: object = None) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GiB"
+
+
+def _clean(axes: Axes, ticks: list[int]) -> None:
+    """Only the lines that carry information, and the step counts that were run."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(True, which="major", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _byte_axis(axes: Axes) -> None:
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    powers = [2.0**power for power in range(50) if low <= 2.0**power <= high]
+    axes.yaxis.set_major_locator(FixedLocator(powers[:: max(1, round(len(powers) / 6))]))
+    axes.yaxis.set_major_formatter(FuncFormatter(_bytes))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def vs_higher(result: dict[str, Any], path: Path) -> None:
+    """Above: time over higher's, with the target. Below: peak live bytes. One column per net."""
+    rows = result["rows"]
+    nets = list(dict.fromkeys(row["net"] for row in rows))
+    figure, grid = plt.subplots(2, len(nets), figsize=(4.2 * len(nets), 6.6), squeeze=False, sharex="col")
+    for column, net in enumerate(nets):
+        above, below = grid[0][column], grid[1][column]
+        mine = [row for row in rows if row["net"] == net]
+        ticks = sorted({row["steps"] for row in mine})
+        for rival, color in COLORS.items():
+            line = [row for row in mine if row["rival"] == rival]
+            timed = [row for row in line if row["times_higher"] is not None]
+            above.plot(
+                [row["steps"] for row in timed],
+                [row["times_higher"] for row in timed],
+                color=color, marker="o", markersize=4, label=LEGEND.get(rival, rival),
+            )  # fmt: skip
+            known = [row for row in line if row["peak_bytes"] is not None]
+            below.plot([row["steps"] for row in known], [row["peak_bytes"] for row in known], color=color)
+            for computed in (False, True):
+                some = [row for row in known if row["peak_is_computed"] is computed]
+                below.plot(
+                    [row["steps"] for row in some],
+                    [row["peak_bytes"] for row in some],
+                    linestyle="none", marker="o", markersize=4.5, color=color,
+                    markerfacecolor="white" if computed else color,
+                )  # fmt: skip
+        target = next((row["target"] for row in mine if row["target"] is not None), None)
+        if target is not None:
+            above.axhline(target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label="target for native, N=10")
+        above.set_ylim(bottom=0)
+        above.set_title(
+            net if target is None else f"{net} (target {target:g})",
+            loc="left",
+            fontsize=12,
+            fontweight="bold",
+            color=INK,
+        )
+        for axes in (above, below):
+            _clean(axes, ticks)
+        _byte_axis(below)
+        below.set_xlabel("inner steps T")
+    grid[0][0].set_ylabel("time / higher's time")
+    grid[1][0].set_ylabel("peak live bytes (hollow: computed)")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def memory_scaling(result: dict[str, Any], path: Path) -> None:
+    """Peak memory against inner steps: what grows with every step, and what does not."""
+    figure, axes = plt.subplots(figsize=(8.6, 4.8))
+    largest = max(point["steps"] for point in result["points"])
+    ends: dict[str, dict[str, Any]] = {}
+    for rival, color in COLORS.items():
+        points = [point for point in result["points"] if point["rival"] == rival]
+        if not points:
+            continue
+        dashed = rival == "full unroll"  # it lies on higher's line: both must stay visible
+        axes.plot(
+            [point["steps"] for point in points],
+            [point["peak_bytes"] for point in points],
+            color=color, linewidth=2.4, linestyle=(0, (3, 2)) if dashed else "-", zorder=4 if dashed else 3,
+        )  # fmt: skip
+        for computed in (False, True):
+            some = [point for point in points if point["computed"] is computed]
+            axes.plot(
+                [point["steps"] for point in some],
+                [point["peak_bytes"] for point in some],
+                linestyle="none", marker="o", markersize=6, color=color,
+                markerfacecolor="white" if computed else color, zorder=4,
+            )  # fmt: skip
+        ends[rival] = points[-1]
+    _clean(axes, sorted({point["steps"] for point in result["points"]}))
+    _byte_axis(axes)
+    # name and final value stand at the end of each line, pushed apart downwards where two ends are close
+    names = {
+        "higher": "higher",
+        "full unroll": "checkpoint_every=None",
+        "native": "checkpoint_every=10",
+        "native sqrt": "checkpoint_every=sqrt(T)",
+        "torch": 'checkpoint_every=10, replay="torch"',
+    }
+    placed: list[float] = []
+    for rival in sorted(ends, key=lambda name: -float(ends[name]["peak_bytes"])):
+        point = ends[rival]
+        pixel = float(axes.transData.transform((largest, point["peak_bytes"]))[1])
+        pixel = min([pixel, *[other - 26 for other in placed]])
+        placed.append(pixel)
+        height = float(axes.transData.inverted().transform((0, pixel))[1])
+        axes.annotate(
+            f"{names[rival]}: {'~' if point['computed'] else ''}{_bytes(point['peak_bytes'])}",
+            (largest, height), xytext=(10, 0), textcoords="offset points",
+            va="center", color=COLORS[rival], fontsize=10, fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+    axes.set_xlabel("inner steps T")
+    axes.set_ylabel("peak memory of loop and backward (live bytes)")
+    low = ends["native sqrt"]
+    ratio = ends["higher"]["peak_bytes"] / low["peak_bytes"]
+    axes.set_title(
+        f"The same meta-gradient over {largest} inner steps in {ratio:.0f}x less memory than higher",
+        loc="left", fontsize=12, fontweight="bold", color=INK, pad=14,
+    )  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    """Draw again what was measured."""
+    results = Path(__file__).resolve().parent / "results"
+    for path in sorted(results.glob("*.json")):
+        result = json.loads(path.read_text())
+        function = {"vs_higher": vs_higher, "memory_scaling": memory_scaling}.get(result["benchmark"])
+        if function is not None:
+            function(result, path.with_suffix(".png"))
+            print(f"drew results/{path.stem}.png")
+
+
+if __name__ == "__main__":
+    main()
