@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_higher.errors import RecordError, ReplayMismatchError
-from lowmem_higher.patch import FunctionalModule, ParameterSlots, copy_structure, weights_follow_recompute
+from lowmem_higher.patch import (
+    FunctionalModule,
+    ParameterSlots,
+    copy_structure,
+    functional_class,
+    weights_follow_recompute,
+)
 from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
 from lowmem_higher.replay_state import ModuleState, capture_rng, same_rng
 from lowmem_higher.structure import flatten, tensors_in
@@ -29,6 +35,7 @@ class Twin:
 
     def __init__(self, model: nn.Module) -> None:
         self.root = copy_structure(model)
+        self.root.__class__ = functional_class(type(model))  # a function given to `step` finds the same methods
         self.slots = ParameterSlots(self.root)
         self.modules = list(self.root.modules())
         self.slots.install([None] * len(self.slots))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,6 +23,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lowmem_higher.errors import RecordError
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Slots = list[tuple[weakref.ref[nn.Module], str]]
@@ -41,6 +44,10 @@ class Past(Protocol):
 class ModuleCaller(Protocol):
     """Who runs a call of the fmodel or of one of its submodules under `checkpoint_every` (the recorder)."""
 
+    @property
+    def inside(self) -> bool:
+        """Whether a recorded call is running now."""
+
     def call_module(
         self, fmodel: FunctionalModule, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -52,6 +59,7 @@ class FunctionalView:
 
     def __init__(self, root: nn.Module, weights: Sequence[Tensor], track: bool) -> None:
         self.slots = ParameterSlots(root)
+        self.token = object()
         self.track = track
         self.caller: ModuleCaller | None = None
         self.history: list[list[Tensor] | Past] = []
@@ -71,7 +79,12 @@ class FunctionalView:
     def at(self, time: int | None) -> list[Tensor]:
         """The weights of a time, counted from the start or, if negative, from the end."""
         if time is None:
-            return self.current
+            return _replayed.weights.get(self.token, self.current)
+        if self.caller is not None and self.caller.inside:
+            raise RecordError(
+                f"The weights of time={time} were asked for inside forward, grad_callback or a function given to step, "
+                "which a replay runs again. Ask for them in the loop, and pass them as an argument."
+            )
         if not self.track:
             if time not in (-1, 0):
                 raise ValueError(f"time={time} was asked for, but track_higher_grads=False keeps only the current weights.")
@@ -156,6 +169,27 @@ def _alive(module: weakref.ref[AnyModule]) -> AnyModule:
     return found
 
 
+class _Replayed(threading.local):
+    """The weights of the step being replayed in this thread, by the token of their view."""
+
+    def __init__(self) -> None:
+        self.weights: dict[object, list[Tensor]] = {}
+
+
+_replayed = _Replayed()
+
+
+@contextmanager
+def replayed_weights(token: object, weights: list[Tensor]) -> Iterator[None]:
+    """Let `fmodel.parameters()` give these weights inside the block: a replayed callback reads those of its own step."""
+    before = dict(_replayed.weights)
+    _replayed.weights[token] = weights
+    try:
+        yield
+    finally:
+        _replayed.weights = before
+
+
 class FunctionalModule(nn.Module):
     """What an fmodel can do beyond its model: it keeps the fast weights of the inner loop, by time.
 
@@ -201,9 +235,19 @@ class FunctionalModule(nn.Module):
             ValueError: A past time was asked for with `track_higher_grads=False`.
             HistoryFreedError: A backward pass without `retain_graph=True` has freed that time.
         """
-        if time is None or not recurse:
-            return super().parameters(recurse)
-        return iter(self._view.at(time))
+        view = self.__dict__.get("_view")
+        if view is None and time is not None:
+            raise RecordError("Past weights cannot be asked for in a replay: ask in the loop, and pass them as an argument.")
+        return super().parameters(recurse) if view is None or not recurse else iter(view.at(time))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
+        # As for `parameters`: tensors with a graph.
+        """The current fast weights with their names in the model."""
+        view = self.__dict__.get("_view")
+        replayed = None if view is None else _replayed.weights.get(view.token)
+        if replayed is None:
+            return super().named_parameters(*args, **kwargs)
+        return iter(zip(view.slots.names, replayed, strict=True))
 
     def gradient_edges(self, time: int) -> list[GradientEdge]:
         """Where the graph passes through the fast weights of a time, for `torch.autograd.grad(outer, edges)`.
@@ -224,7 +268,7 @@ class FunctionalModule(nn.Module):
     @property
     def fast_params(self) -> list[Tensor]:
         """The current fast weights. Assigning a list makes it current, one time later."""
-        return list(self._view.current)
+        return list(self.parameters())
 
     @fast_params.setter
     def fast_params(self, params: Iterable[Tensor]) -> None:
@@ -286,7 +330,7 @@ def make_functional_copy(
     view = FunctionalView(root, weights, track)
     view.slots.install_buffers(buffers)
     root.__dict__["_view"] = view
-    root.__class__ = _functional_class(type(module))
+    root.__class__ = functional_class(type(module))
     return cast(FunctionalModule, root)
 
 
@@ -311,7 +355,8 @@ def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> N
 
 
 @functools.cache
-def _functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
+def functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
+    """The class of the fmodels of a class of models: a subclass of it, and of `FunctionalModule`."""
     return type(f"Functional{model_type.__name__}", (FunctionalModule, model_type), {"__module__": model_type.__module__})
 
 

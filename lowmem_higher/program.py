@@ -14,7 +14,7 @@ reference), the numbers, the random states. The program refers to values by `Ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.live_module import ModuleCall, describe
-from lowmem_higher.record import BufferState, FunctionApply, Node, Recorder, sequence_nr, version_of
+from lowmem_higher.record import BufferState, FunctionApply, Node, Overwritten, Recorder, sequence_nr, version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
 from lowmem_higher.structure import Leaf, Structure, tensors_in, unflatten
 
@@ -188,9 +188,16 @@ def cut(
         roots, loss_made = [link.node, *([later_write] if later_write else [])], (link.node, link.index)
     else:
         roots, loss_made = [node], (node, 0)
-    nodes = _reached(roots, window)
-    position = {id(node): index for index, node in enumerate(nodes)}
     weight_index = {id(weight): index for index, weight in enumerate(weights)}
+    nodes = _reached(roots, window, weight_index)
+    position = {id(node): index for index, node in enumerate(nodes)}
+    hooked = [leaf for made in nodes for leaf in made.leaves if isinstance(leaf, Tensor) and recorder.hooked(leaf)]
+    if recorder.hooked(loss) or any(map(recorder.hooked, weights)) or any(leaf.grad_fn is not None for leaf in hooked):
+        raise RecordError(
+            "A hook was registered (register_hook) on a fast weight, or on a tensor that leads to the loss, and a replay "
+            "would not call it. Change gradients with grad_callback, or take the step as diffopt.step(fn, *args) with "
+            "the hook registered inside fn."
+        )
     numbers: list[Any] = []
 
     def tensor_ref(tensor: Tensor, version: int) -> Ref:
@@ -199,12 +206,16 @@ def cut(
         return externals.ref(tensor, version)
 
     def leaf_ref(leaf: Any, made: tuple[Node, int] | None, version: int) -> Ref:
-        if not isinstance(leaf, Tensor):
-            numbers.append(leaf)
-            return Ref("number", len(numbers) - 1)
+        if id(leaf) in weight_index:
+            return Ref("weight", weight_index[id(leaf)])
         if made is not None and id(made[0]) in position:
             return Ref("made", position[id(made[0])], made[1])
-        return tensor_ref(leaf, version)
+        if isinstance(leaf, Tensor):
+            return tensor_ref(leaf, version)
+        if isinstance(leaf, Overwritten):
+            raise unseen_error(loss, "The loss")
+        numbers.append(leaf)
+        return Ref("number", len(numbers) - 1)
 
     def buffer_refs(state: BufferState) -> tuple[Ref, ...] | None:
         if state is before:
@@ -249,13 +260,16 @@ def _same(one: object, other: object) -> bool:
     return one is other
 
 
-def _reached(roots: list[Node], window: int) -> list[Node]:
-    """The nodes of this window that `roots` depend on, in the order in which they were called."""
+def _reached(roots: list[Node], window: int, weights: Container[int]) -> list[Node]:
+    """The nodes of this window that `roots` depend on other than through the weights, in the order of their calls."""
     found = {id(node): node for node in roots}
     pending = list(roots)
     while pending:
         node = pending.pop()
-        for other in [*(link[0] for link in node.links if link is not None), *node.after]:
+        linked = [
+            link[0] for leaf, link in zip(node.leaves, node.links, strict=True) if link and id(leaf) not in weights
+        ]
+        for other in [*linked, *node.after]:
             if other.index >= window and id(other) not in found:
                 found[id(other)] = other
                 pending.append(other)

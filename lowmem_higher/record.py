@@ -63,6 +63,10 @@ class Inside:
     found_versions: list[int]
 
 
+class Overwritten:
+    """In place of a leaf that its node wrote into; a replay has the value from the leaf's own maker."""
+
+
 class Link(NamedTuple):
     """How a tensor was made: output `index` of `node`, or, if negative, its leaf `-1 - index` after a write into it."""
 
@@ -114,6 +118,8 @@ class Recorder(TorchFunctionMode):
         self._made: TensorMap[Link] = TensorMap()
         self._written: TensorMap[Link] = TensorMap()  # by the base of the views that share a storage: the last write
         self._volatile: TensorMap[bool] = TensorMap()  # tensors from outside that the loop writes into
+        self._hooked: TensorMap[bool] = TensorMap()  # tensors with a hook, which a replay would not call
+        self._exposed: TensorMap[bool] = TensorMap()  # tensors whose `.data` was taken: writes into it are not counted
         self._indices = itertools.count(1)
         self._windows: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._horizon = 0  # nodes older than every open window are never replayed again
@@ -142,6 +148,8 @@ class Recorder(TorchFunctionMode):
         if self._contexts == 0:
             _remove_mode(self)
             self._interception.__exit__(None, None, None)
+            for entries in (self._made, self._written, self._volatile, self._hooked, self._exposed, self.inner_leaves):
+                entries.clear()
 
     @property
     def active(self) -> bool:
@@ -154,7 +162,8 @@ class Recorder(TorchFunctionMode):
         self._windows[window] = start
         self._horizon = min(self._windows.values())
         if self._horizon == start:
-            self._made, self._written = TensorMap(), TensorMap()
+            self._made.clear()
+            self._written.clear()
         elif len(self._made) > self._purge_above:
             for entries in (self._made, self._written):
                 entries.keep(lambda link: link.node.index >= self._horizon)
@@ -176,6 +185,14 @@ class Recorder(TorchFunctionMode):
         """Whether a recorded call is running now."""
         return self._busy or self._watcher is not None
 
+    def hooked(self, tensor: Tensor) -> bool:
+        """Whether a hook was registered on a tensor while recording."""
+        return bool(self._hooked.get(tensor))
+
+    def exposed(self, tensor: Tensor) -> bool:
+        """Whether a tensor may have been written into through `.data`, which no version counts."""
+        return bool(self._exposed.get(tensor))
+
     # Seeing calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -183,6 +200,8 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._watcher is not None:
             return self._watcher.__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.register_hook and not self._busy:
+            self._hooked.set(args[0], True)
         if self._busy or func in _NOT_RECORDED or _is_getter(func) or torch._C._are_functorch_transforms_active():
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled():
@@ -209,6 +228,11 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, call: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         name = getattr(call, "__name__", "")
+        if _changes_flags(call, name):
+            self._made.pop(args[0])  # from here on it is held by reference
+            return run(*args, **kwargs)
+        if call == _TAKE_DATA:
+            self._exposed.set(args[0], True)
         leaves: list[Any] = []
         structure = flatten((args, kwargs), leaves)
         if _may_write(name, kwargs):
@@ -224,8 +248,7 @@ class Recorder(TorchFunctionMode):
         if rng is not None and not same_rng(rng, capture_rng(self.devices)):
             node.rng = rng
         written = [
-            position for position in tensors
-            if version_of(leaves[position]) != node.versions[position] or (position == 0 and _writes_flag(call, name))
+            position for position in tensors if version_of(leaves[position]) != node.versions[position]
         ]  # fmt: skip
         outputs = tensors_in(out)
         if written or outputs:
@@ -268,8 +291,9 @@ class Recorder(TorchFunctionMode):
                 link = Link(node, -1 - position, version_of(tensor), sequence_nr(tensor))
                 self._made.set(tensor, link)
                 self._written.set(_base(tensor), link)
+                node.leaves[position] = Overwritten()  # the node must not hold what it made: it would live for ever
             else:
-                if node.links[position] is None and version_of(tensor) != node.versions[position]:
+                if node.links[position] is None:
                     self._volatile.set(_base(tensor), True)
                 self._made.pop(tensor)
                 self._written.pop(_base(tensor))
@@ -277,7 +301,9 @@ class Recorder(TorchFunctionMode):
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
                 self.devices.add(tensor.device)
-            if id(tensor) not in inputs and (tensor.requires_grad or (followed and tensor.nbytes > small)):
+            if id(tensor) in inputs or (tensor.requires_grad and tensor.grad_fn is None):
+                continue  # a leaf that requires grad is an input, whoever made it
+            if tensor.requires_grad or (followed and tensor.nbytes > small):
                 self._made.set(tensor, Link(node, index, version_of(tensor), sequence_nr(tensor)))
 
     def _opaque(self, node: Node) -> bool:
@@ -353,6 +379,7 @@ _NOT_RECORDED = {
         "__deepcopy__", "__reduce_ex__",
     )),
 }  # fmt: skip
+_TAKE_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a getter of C
 _MADE_BY_GETTER = {"T", "mT", "H", "mH", "real", "imag", "data"}
 
 
@@ -363,7 +390,7 @@ def _is_getter(func: Any) -> bool:
     return getattr(getattr(func, "__self__", None), "__name__", "") not in _MADE_BY_GETTER
 
 
-def _writes_flag(func: Any, name: str) -> bool:
+def _changes_flags(func: Any, name: str) -> bool:
     """Whether a call changes its tensor without writing into the storage: its place in the graph, or all of it."""
     if name == "__set__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in ("requires_grad", "data")

@@ -210,11 +210,11 @@ class ModuleState:
         before = [module.__dict__ for module in modules]
         try:
             for module, plain, tensors in zip(modules, self.plain, self.tensors, strict=True):
-                module.__dict__ = {**module.__dict__, **plain, **tensors}
+                object.__setattr__(module, "__dict__", {**module.__dict__, **plain, **tensors})
             yield
         finally:
             for module, attributes in zip(modules, before, strict=True):
-                module.__dict__ = attributes
+                object.__setattr__(module, "__dict__", attributes)
 
 
 def _same_tensors(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, gradients
+from lowmem_higher.patch import replayed_weights
 from lowmem_higher.program import Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
@@ -34,7 +35,7 @@ class Carry:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the carry."""
-        return [*self.weights, *(state_leaf(self.state, key) for key in state_keys(self.state)), *self.buffers]
+        return [*self.weights, *state_tensors(self.state), *self.buffers]
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +61,24 @@ def state_keys(state: State) -> list[StateKey]:
         for index, entry in entries.items()
         for name, value in entry.items()
         if isinstance(value, Tensor)
+    ]
+
+
+def state_tensors(state: State) -> list[Tensor]:
+    """The tensors of the optimizer state, in the order of `state_keys`."""
+    return [
+        value for entries in state for entry in entries.values() for value in entry.values() if isinstance(value, Tensor)
+    ]
+
+
+def plain_state(state: State) -> list[Any]:
+    """What the optimizer state holds besides tensors: step counts."""
+    return [
+        (index, name, value)
+        for entries in state
+        for index, entry in entries.items()
+        for name, value in entry.items()
+        if not isinstance(value, Tensor)
     ]
 
 
@@ -118,6 +137,7 @@ class StepRecord:
     update: Update
     rules: DifferentiableOptimizer
     names: list[str]
+    token: object
     externals: list[Tensor]
     versions: tuple[int, ...]
     numbers: tuple[Any, ...]
@@ -127,6 +147,7 @@ class StepRecord:
     callback: GradCallback | None
     callback_rng: RngState | None
     fingerprint: Tensor | None
+    end_mark: Tensor | None
     segment: Any
     previous: StepRecord | None
 
@@ -154,13 +175,32 @@ class StepRecord:
             if self.fingerprint is not None:
                 check_fingerprint(self, loss, grads)
             if self.callback is not None:
-                stand_ins = {id(self.externals[ref.index]): externals[ref.index] for ref in self.update.found}
-                given = [grad for grad in grads if grad is not None]
-                with torch.enable_grad(), rng_restored(self.callback_rng), Watcher(given, stand_ins).on():
-                    grads = self.callback(list(grads))
+                grads = self._call_back(self.callback, grads, weights, externals)
             with torch.set_grad_enabled(create_graph):
                 new_weights, new_state = self.rules.advance(weights, grads, state, self.groups(externals))
+        if self.end_mark is not None:
+            check_mark(self, carry_mark([*new_weights, *state_tensors(new_state)]))
         return StepRun(new_weights, new_state, new_buffers)
+
+    def _call_back(
+        self, callback: GradCallback, grads: Gradients, weights: list[Tensor], externals: list[Tensor]
+    ) -> Gradients:
+        stand_ins = {id(self.externals[ref.index]): externals[ref.index] for ref in self.update.found}
+        watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)], stand_ins)
+        with (
+            torch.enable_grad(),
+            rng_restored(self.callback_rng),
+            replayed_weights(self.token, weights),
+            watcher.on(),
+        ):
+            used = callback(list(grads))
+        if watcher.found:
+            raise ReplayMismatchError(
+                f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that require grad and "
+                "that it did not read while your loop ran. Bind what it reads when it is made, for example with "
+                "functools.partial(callback, tensor); inside it use fmodel.parameters() for the weights of its step."
+            )
+        return used
 
     def groups(self, externals: Sequence[Tensor]) -> list[Group]:
         """The hyperparameters of this step."""
@@ -189,7 +229,34 @@ def fingerprint(loss: Tensor, grads: Gradients) -> Tensor:
         return torch.stack([part.to(loss.device, torch.float64) for part in parts])
 
 
+def carry_mark(tensors: Sequence[Tensor]) -> Tensor:
+    """A few numbers that tell one carry from another: the sum and norm of each of its tensors."""
+    with torch.no_grad():
+        parts = [part for tensor in tensors for part in (tensor.sum(), torch.linalg.vector_norm(tensor))]
+        return torch.stack([part.to(tensors[0].device, torch.float64) for part in parts])
+
+
+def check_mark(record: StepRecord, found: Tensor) -> None:
+    """Rule R10, for a whole segment: its replay must end where the user's loop went on."""
+    expected = record.end_mark
+    assert expected is not None
+    scale = torch.maximum(expected, found).abs()[1::2].repeat_interleave(2)
+    dtype = record.segment.carry.weights[0].dtype
+    tolerance = _DRIFT.get(dtype, _COARSE_TOLERANCE)
+    if len(found) == len(expected) and bool(((found - expected).abs() <= tolerance * (scale + 1e-30) * 10).all()):
+        return
+    raise ReplayMismatchError(
+        f"The replay up to step {record.time} does not end at the weights and optimizer state that your loop went on with: "
+        "the largest difference of a norm or sum is "
+        f"{(found - expected).abs().max().item() if len(found) == len(expected) else float('nan'):.3g}. Likely causes: "
+        "grad_callback reads something that changed since (bind it with functools.partial); fast weights or optimizer "
+        "state were changed by other means than diffopt.step and fmodel.update_params; kernels that are not "
+        "deterministic."
+    )
+
+
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_DRIFT = {torch.float64: 1e-10, torch.float32: 2e-5}  # over one segment, of which the rounding is the same on a CPU
 _COARSE_TOLERANCE = 3e-2  # half precision and autocast
 
 

@@ -36,5 +36,9 @@ class TensorMap(Generic[Value]):
         for key in [key for key, (_, value) in self._entries.items() if not wanted(value)]:
             del self._entries[key]
 
+    def clear(self) -> None:
+        """Forget all tensors."""
+        self._entries.clear()
+
     def __len__(self) -> int:
         return len(self._entries)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_higher.errors import RecordError
+from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, check_loss, gradients
 from lowmem_higher.patch import FunctionalModule
@@ -32,13 +32,15 @@ from lowmem_higher.schedule import Periodic
 from lowmem_higher.step import (
     Carry,
     Layout,
-    StateKey,
     StepRecord,
     Update,
     advance_carry,
+    carry_mark,
     fingerprint,
+    plain_state,
     state_keys,
     state_leaf,
+    state_tensors,
     with_state_leaves,
 )
 from lowmem_higher.structure import flatten
@@ -138,8 +140,10 @@ class Trajectory:
         self._uses: Counter[StepProgram] = Counter()
         self._records: list[weakref.ref[StepRecord]] = []
         self._tail: StepRecord | None = None
-        self._outputs: list[Tensor] = []  # weights and state as the last step left them
-        self._weight_versions = [version_of(weight) for weight in optimizer._fmodel._view.current]
+        # Weights and state as the last step left them: weakly, since they lead through the graph back to here.
+        self._outputs: list[weakref.ref[Tensor]] = []
+        self._versions: list[int] = []
+        self._plain_state: list[Any] = []
         self._window = 0
         self._since = 0
         self._window_buffers = BufferState(())
@@ -227,7 +231,7 @@ class Trajectory:
         found: list[Tensor] = []
         callback_rng = None
         if callback is not None:
-            grads, found, callback_rng = self._call_back(callback, grads)
+            grads, found, callback_rng = self._call_back(callback, grads, weights)
         numbers = list(piece.numbers)
         update = self._configured(optimizer, externals, numbers, ambient, found)
         with torch.no_grad():
@@ -243,6 +247,7 @@ class Trajectory:
             update=update,
             rules=self._rules,
             names=fmodel._view.slots.names,
+            token=fmodel._view.token,
             externals=externals.tensors,
             versions=tuple(externals.versions),
             numbers=tuple(numbers),
@@ -252,6 +257,7 @@ class Trajectory:
             callback=callback,
             callback_rng=callback_rng,
             fingerprint=mark,
+            end_mark=None,
             segment=segment,
             previous=None if keep else self._tail,
         )
@@ -271,14 +277,17 @@ class Trajectory:
         leaves = dict(zip(layout.state_out, attached[len(layout.weights_out) :], strict=True))
 
         # From here on nothing can fail: make the step's results the current ones.
+        if keep and continues and self._tail is not None and self._verify != "off":
+            self._tail.end_mark = carry_mark([*weights, *state_tensors(state)])
         fmodel._view.append(public, past)
         optimizer.state = with_state_leaves(new_state, leaves)
         self.program = program
         self._uses[program] += 1
         self._tail = record
         self._records.append(weakref.ref(record))
-        self._outputs = [*public, *(state_leaf(optimizer.state, key) for key in state_keys(optimizer.state))]
-        self._weight_versions = [version_of(weight) for weight in public]
+        self._outputs = [weakref.ref(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
+        self._versions = [version_of(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
+        self._plain_state = plain_state(optimizer.state)
         self._window_buffers = buffers
         self.ledger.steps += 1
         self.ledger.count_first_order()
@@ -304,14 +313,21 @@ class Trajectory:
 
     def _check_weights(self, weights: list[Tensor], state: State) -> bool:
         """Whether weights and state are as the last step left them; if not, this step's carry is kept."""
-        now = [*weights, *(state_leaf(state, key) for key in state_keys(state))]
-        continues = len(now) == len(self._outputs) and all(map(_same, now, self._outputs))
-        if continues and [version_of(weight) for weight in weights] != self._weight_versions:
-            raise RecordError(
+        now = [*weights, *state_tensors(state)]
+        same = len(now) == len(self._outputs) and all(
+            tensor is output() for tensor, output in zip(now, self._outputs, strict=True)
+        )
+        if same and [version_of(weight) for weight in weights] != self._versions[: len(weights)]:
+            raise ExternalModifiedError(
                 "A fast weight was modified in place since the last step, which neither this step's gradient nor its "
                 "replay can account for. Set new values instead: fmodel.update_params([new values])."
             )
-        return continues
+        return (
+            same
+            and [version_of(tensor) for tensor in now] == self._versions
+            and plain_state(state) == self._plain_state
+            and not any(map(self._recorder.exposed, weights))
+        )
 
     def _checked(self, program: StepProgram) -> bool:
         """Whether this step keeps a fingerprint: under "new" the 1st, 2nd, 4th, 8th ... use of each program.
@@ -321,9 +337,11 @@ class Trajectory:
         uses = self._uses[program] + 1
         return self._verify == "all" or (self._verify == "new" and uses & (uses - 1) == 0)
 
-    def _call_back(self, callback: GradCallback, grads: Gradients) -> tuple[Gradients, list[Tensor], RngState | None]:
+    def _call_back(
+        self, callback: GradCallback, grads: Gradients, weights: list[Tensor]
+    ) -> tuple[Gradients, list[Tensor], RngState | None]:
         rng = capture_rng(self._recorder.devices)
-        watcher = Watcher([grad for grad in grads if grad is not None])
+        watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)])
         with torch.enable_grad(), torch._C._EnableTorchFunction(), watcher.on():
             used = callback(list(grads))
         drawn = None if same_rng(rng, capture_rng(self._recorder.devices)) else rng
@@ -354,17 +372,14 @@ class Trajectory:
     def _layout(
         self, weights: list[Tensor], new_weights: list[Tensor], state: State, new_state: State, externals: list[Tensor]
     ) -> Layout:
-        updated = tuple([index for index, (old, new) in enumerate(zip(weights, new_weights, strict=True)) if old is not new])
-        changed: list[StateKey] = [
-            key for key in state_keys(new_state) if key not in set(state_keys(state)) or state_leaf(state, key) is not state_leaf(new_state, key)
-        ]
+        before = {key: state_leaf(state, key) for key in state_keys(state)}
         layout = Layout(
             trainable=tuple([weight.requires_grad for weight in weights]),
             weights_in=tuple([index for index, weight in enumerate(weights) if weight.requires_grad]),
-            state_in=tuple([key for key in state_keys(state) if state_leaf(state, key).requires_grad]),
+            state_in=tuple([key for key, leaf in before.items() if leaf.requires_grad]),
             externals_in=tuple([index for index, tensor in enumerate(externals) if tensor.requires_grad]),
-            weights_out=updated,
-            state_out=tuple(changed),
+            weights_out=tuple([index for index, weight in enumerate(weights) if weight is not new_weights[index]]),
+            state_out=tuple([key for key in state_keys(new_state) if before.get(key) is not state_leaf(new_state, key)]),
         )
         return self._layouts.setdefault(layout, layout)
 
@@ -414,6 +429,8 @@ class Trajectory:
         started = time.perf_counter()
         segment: Segment = record.segment
         segment.replayed.pop(record.time + 1, None)
+        if record is self._tail:
+            self._mark_end(record)
         with self._recorder.watching(None), torch.enable_grad():
             graph = self._replay.graph(record, self)
         with self._recorder.watching(None):
@@ -422,13 +439,18 @@ class Trajectory:
         self.ledger.backward_seconds += time.perf_counter() - started
         return grads
 
+    def _mark_end(self, record: StepRecord) -> None:
+        """Let the newest step's replay be compared with the weights that the loop ended with, if they are alive."""
+        tensors = [tensor for output in self._outputs if (tensor := output()) is not None]
+        unchanged = [version_of(tensor) for tensor in tensors] == self._versions
+        if self._verify != "off" and unchanged and not any(map(self._recorder.exposed, tensors)):
+            record.end_mark = carry_mark(tensors)
+
     def spent(self, record: StepRecord) -> None:
         """The step was pulled back for the last time: if it was the newest, the next one starts from a kept carry."""
         if self._tail is record:
             self._tail = None
 
 
-def _same(one: object, other: object) -> bool:
-    return one is other
 
 
