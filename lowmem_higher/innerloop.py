@@ -14,6 +14,7 @@ from torch import nn
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
 from lowmem_higher.patch import FunctionalModule, call_submodules_through, make_functional_copy
+from lowmem_higher.recompute import follow_view
 from lowmem_higher.record import recorder
 from lowmem_higher.report import Report
 from lowmem_higher.schedule import Periodic
@@ -147,16 +148,19 @@ def innerloop_ctx(
         override=override,
         track_higher_grads=track_higher_grads,
     )
-    if settings.checkpoint_every is None or not track_higher_grads:
-        diffopt.follow(None, Unrolled(track_higher_grads))
-        yield fmodel, diffopt
-        return
-    trajectory = _checkpointed(model, fmodel, diffopt, settings)
-    trajectory.open()
-    try:
-        yield fmodel, diffopt
-    finally:
-        trajectory.close()
+    view = fmodel._view
+    view.around_call = follow_view
+    with follow_view(view):
+        if settings.checkpoint_every is None or not track_higher_grads:
+            diffopt.follow(None, Unrolled(track_higher_grads))
+            yield fmodel, diffopt
+            return
+        trajectory = _checkpointed(model, fmodel, diffopt, settings)
+        trajectory.open()
+        try:
+            yield fmodel, diffopt
+        finally:
+            trajectory.close()
 
 
 def _checkpointed(

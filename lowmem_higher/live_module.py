@@ -20,12 +20,13 @@ from lowmem_higher.errors import RecordError, ReplayMismatchError
 from lowmem_higher.patch import (
     FunctionalModule,
     ParameterSlots,
+    copied,
     copy_structure,
     functional_class,
-    weights_follow_recompute,
 )
 from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
-from lowmem_higher.replay_state import ModuleState, capture_rng, same_rng
+from lowmem_higher.recompute import FixedWeights, follow, follow_view
+from lowmem_higher.replay_state import ModuleState, capture_rng, same_rng, structure_of
 from lowmem_higher.structure import flatten, tensors_in
 from lowmem_higher.watch import Watcher
 
@@ -48,18 +49,19 @@ class Twin:
         kwargs: dict[str, Any],
         *,
         weights: Sequence[Tensor],
-        buffers: Sequence[Tensor],
+        buffers: Sequence[Tensor | None],
         state: ModuleState,
         stand_ins: dict[int, Tensor],
-    ) -> tuple[Any, tuple[Tensor, ...]]:
+        leaves: list[Any],
+    ) -> tuple[Any, tuple[Tensor | None, ...]]:
         """Call a submodule, or a function of the model, as it was called then; returns the result and the new buffers."""
-        own_buffers = [buffer.clone() for buffer in buffers]
-        given = [*weights, *own_buffers, *tensors_in((args, kwargs))]
+        own_buffers = copied(buffers)
+        given = [*weights, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
         watcher = Watcher(given, stand_ins)
         with ExitStack() as stack:
             stack.enter_context(self.slots.installed(weights, own_buffers))
             stack.enter_context(state.applied(self.modules))
-            stack.enter_context(weights_follow_recompute(self.slots, weights, lambda: Watcher(given, stand_ins).on()))
+            stack.enter_context(follow(FixedWeights(self.slots, weights, lambda: Watcher(given, stand_ins).on())))
             stack.enter_context(watcher.on())
             module = self.root.get_submodule(target) if isinstance(target, str) else None
             out = module(*args, **kwargs) if module is not None else target(self.root, *args, **kwargs)  # type: ignore[operator]
@@ -99,8 +101,9 @@ class LiveModule:
     def __init__(self, model: nn.Module, fmodel: FunctionalModule, recorder: Recorder) -> None:
         self.twin = Twin(model)
         self.recorder = recorder
+        self._structure = structure_of(fmodel)
         self._state: ModuleState | None = None
-        self._visible_versions: list[tuple[int, int]] = []
+        self._visible: list[tuple[int, int]] = []
         self.buffers = BufferState(())
         self._freeze(fmodel._view.slots, None)
 
@@ -132,23 +135,32 @@ class LiveModule:
             leaves: list[Any] = []
             structure = flatten((args, kwargs), leaves)
             buffers = self.current_buffers(fmodel)
+            self._check_structure(fmodel)
             self._state = ModuleState.capture(fmodel, self._state)
-            given = [*view.current, *view.slots.read_buffers(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
-            watcher = Watcher(given, inner_leaves=recorder.inner_leaves)
+            given = [*view.current, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
+            watcher = Watcher(given, inner_leaves=recorder.inner_leaves, candidates=self._state.candidates())
             inside = Inside(view.current, buffers, self._state, watcher.found, [])
             node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
             rng = capture_rng(recorder.devices)
-        with recorder.watching(watcher), weights_follow_recompute(view.slots, view.current):
+        with recorder.watching(watcher), follow_view(view):
             out = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             if not same_rng(rng, capture_rng(recorder.devices)):
                 node.rng = rng
+            inside.state = self._state = self._state.read_only(watcher.read)
             inside.found_versions = [version_of(tensor) for tensor in watcher.found]
             if self._visible_changed(view.slots):
                 self._freeze(view.slots, node)
             if recorder.active:
                 recorder.add(node, tensors_in(out))
         return out, node
+
+    def _check_structure(self, fmodel: FunctionalModule) -> None:
+        if structure_of(fmodel) != self._structure:
+            raise RecordError(
+                "A submodule was added, replaced or removed, or a hook was registered, after the context was entered, and "
+                "a replay would not have it. Do it on the model, before innerloop_ctx(...)."
+            )
 
     def current_buffers(self, fmodel: FunctionalModule) -> BufferState:
         """The buffers as they are now, as a state that nothing writes into."""
@@ -159,16 +171,18 @@ class LiveModule:
 
     def _freeze(self, slots: ParameterSlots, producer: Node | None) -> None:
         visible = slots.read_buffers()
-        if any(buffer.requires_grad for buffer in visible):
+        if any(buffer is not None and buffer.requires_grad for buffer in visible):
             raise RecordError(
                 "A buffer of the model requires grad after a forward, so a gradient would flow from step to step "
                 "through it, which a checkpointed context does not follow. Return the tensor from forward and pass it "
                 "to the next call, or use checkpoint_every=None."
             )
-        self._visible_versions = [(id(buffer), version_of(buffer)) for buffer in visible]
-        self.buffers = BufferState(
-            tuple(buffer.detach().clone() for buffer in visible), None if producer is None else weakref.ref(producer)
-        )
+        self._visible = _identities(visible)
+        self.buffers = BufferState(tuple(copied(visible)), None if producer is None else weakref.ref(producer))
 
     def _visible_changed(self, slots: ParameterSlots) -> bool:
-        return [(id(buffer), version_of(buffer)) for buffer in slots.read_buffers()] != self._visible_versions
+        return _identities(slots.read_buffers()) != self._visible
+
+
+def _identities(buffers: Sequence[Tensor | None]) -> list[tuple[int, int]]:
+    return [(id(buffer), 0 if buffer is None else version_of(buffer)) for buffer in buffers]

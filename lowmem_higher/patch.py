@@ -11,16 +11,16 @@ of updates so far; a `Past` entry stands for weights that are recomputed on requ
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
+import operator
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -62,6 +62,7 @@ class FunctionalView:
         self.token = object()
         self.track = track
         self.caller: ModuleCaller | None = None
+        self.around_call: Callable[[FunctionalView], AbstractContextManager[None]] = contextlib.nullcontext
         self.history: list[list[Tensor] | Past] = []
         self.current: list[Tensor] = []
         self.append(weights)
@@ -117,14 +118,19 @@ class ParameterSlots:
         place = {id(param): index for index, param in enumerate(named.values())}
         self.names = list(named)
         self.params: list[Slots] = [[] for _ in named]
-        self.buffers: Slots = []
+        self.buffers: list[Slots] = []
+        buffer_place: dict[int, int] = {}
         self.recurrent: list[weakref.ref[nn.RNNBase]] = []
         for module in root.modules():
             here = weakref.ref(module)
             for name, param in module._parameters.items():
                 if param is not None:
                     self.params[place[id(param)]].append((here, name))
-            self.buffers += [(here, name) for name, buffer in module._buffers.items() if buffer is not None]
+            for name, buffer in module._buffers.items():
+                index = len(self.buffers) if buffer is None else buffer_place.setdefault(id(buffer), len(self.buffers))
+                if index == len(self.buffers):
+                    self.buffers.append([])
+                self.buffers[index].append((here, name))
             if isinstance(module, nn.RNNBase):
                 self.recurrent.append(weakref.ref(module))
 
@@ -139,17 +145,18 @@ class ParameterSlots:
         for module in map(_alive, self.recurrent):  # RNNs read their weights through a list of their own
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
-    def read_buffers(self) -> list[Tensor]:
-        """The buffers that sit in the module now."""
-        return [cast(Tensor, _alive(module)._buffers[name]) for module, name in self.buffers]
+    def read_buffers(self) -> list[Tensor | None]:
+        """The buffers that sit in the module now; None where one is registered but not set."""
+        return [_alive(slots[0][0])._buffers[slots[0][1]] for slots in self.buffers]
 
     def install_buffers(self, buffers: Sequence[Tensor | None]) -> None:
-        """Put one tensor in the place of each buffer."""
-        for (module, name), buffer in zip(self.buffers, buffers, strict=True):
-            _alive(module)._buffers[name] = buffer
+        """Put one tensor in the place of each buffer (shared ones in all their places)."""
+        for slots, buffer in zip(self.buffers, buffers, strict=True):
+            for module, name in slots:
+                _alive(module)._buffers[name] = buffer
 
     @contextmanager
-    def installed(self, weights: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
+    def installed(self, weights: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> Iterator[None]:
         """Put these tensors in place inside the block, and what was there back after it."""
         weights_before = [_alive(slots[0][0])._parameters[slots[0][1]] for slots in self.params]
         buffers_before = self.read_buffers()
@@ -223,7 +230,7 @@ class FunctionalModule(nn.Module):
             return super().__call__(*args, **kwargs)
         if view.caller is not None:
             return view.caller.call_module(self, "", super().__call__, args, kwargs)
-        with weights_follow_recompute(view.slots, view.current):
+        with view.around_call(view):
             return super().__call__(*args, **kwargs)
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Tensor]:  # type: ignore[override]
@@ -320,7 +327,7 @@ def make_functional_copy(
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         raise TypeError(f"The model must be a torch.nn.Module in Python, and is {type(module).__name__}.")
     with torch.no_grad():
-        buffers = [buffer.detach().clone().to(device or buffer.device) for buffer in ParameterSlots(module).read_buffers()]
+        buffers = copied(ParameterSlots(module).read_buffers(), device)
     weights = []
     for param in module.parameters():
         source = param.detach() if copy_initial_weights else param
@@ -334,15 +341,53 @@ def make_functional_copy(
     return cast(FunctionalModule, root)
 
 
+def copied(buffers: Sequence[Tensor | None], device: torch.device | None = None) -> list[Tensor | None]:
+    """Detached copies of buffers."""
+    return [None if buffer is None else buffer.detach().clone().to(device or buffer.device) for buffer in buffers]
+
+
 def copy_structure(module: nn.Module) -> nn.Module:
-    """A deep copy of the modules that shares every tensor with the original."""
-    shared: dict[int, Any] = {}
+    """New module objects in the same arrangement, which share tensors and all other attributes with the original.
+
+    An attribute that leads to a submodule (a list of layers, a bound method, a partial function) leads to its copy.
+    """
+    copies: dict[int, Any] = {}
     for part in module.modules():
-        for table in (part._parameters, part._buffers, part.__dict__):
-            for value in table.values():
-                if isinstance(value, Tensor):
-                    shared[id(value)] = value
-    return copy.deepcopy(module, shared)
+        twin = copies[id(part)] = type(part).__new__(type(part))
+        object.__setattr__(twin, "__dict__", dict(part.__dict__))
+    for part in module.modules():
+        for name, value in part.__dict__.items():
+            copies[id(part)].__dict__[name] = _led_to_copies(value, copies)
+        for table in _OWN_TABLES & part.__dict__.keys():
+            found = part.__dict__[table]
+            copies[id(part)].__dict__[table] = type(found)(
+                (name, _led_to_copies(value, copies)) for name, value in found.items()
+            )
+    root: nn.Module = copies[id(module)]
+    return root
+
+
+_OWN_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
+
+
+def _led_to_copies(value: Any, copies: dict[int, Any]) -> Any:
+    """The same value if it leads to no module that is copied, else one that leads to the copies."""
+    if id(value) in copies:
+        return copies[id(value)]
+    kind = type(value)
+    if kind in (list, tuple):
+        items = [_led_to_copies(item, copies) for item in value]
+        return value if all(map(operator.is_, items, value)) else kind(items)
+    if kind is dict:
+        entries = {key: _led_to_copies(item, copies) for key, item in value.items()}
+        return value if all(entries[key] is item for key, item in value.items()) else entries
+    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+        return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if kind is functools.partial:
+        parts = [_led_to_copies(part, copies) for part in (value.func, value.args, value.keywords)]
+        unchanged = all(map(operator.is_, parts, (value.func, value.args, value.keywords)))
+        return value if unchanged else functools.partial(parts[0], *parts[1], **parts[2])
+    return value
 
 
 def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> None:
@@ -372,41 +417,3 @@ def _routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
 
     names = {"__call__": call, "__module__": module_type.__module__, "__qualname__": module_type.__qualname__}
     return type(module_type.__name__, (module_type,), names)
-
-
-@contextmanager
-def weights_follow_recompute(
-    slots: ParameterSlots, weights: Sequence[Tensor], around: Callable[[], AbstractContextManager[Any]] | None = None
-) -> Iterator[None]:
-    """Make `torch.utils.checkpoint` inside the model recompute with the weights of now, not of then (rule R7).
-
-    A checkpointed block runs again during backward, when the module may hold the weights of another time, or none.
-    Inside this block every function handed to `checkpoint` is wrapped: its recomputation puts these weights in place,
-    and copies of the buffers as they are, so that no statistic is counted twice.
-
-    Args:
-        slots: The module's places.
-        weights: The weights of now.
-        around: Makes a further context manager to enter for a recomputation.
-    """
-    library = torch.utils.checkpoint
-    original = library._checkpoint_without_reentrant_generator
-
-    def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        buffers = [buffer.detach().clone() for buffer in slots.read_buffers()]
-
-        def recomputed(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with (
-                slots.installed(weights, [buffer.clone() for buffer in buffers]),
-                weights_follow_recompute(slots, weights, around),  # for a checkpoint inside this one
-                around() if around else contextlib.nullcontext(),
-            ):
-                return function(*inner_args, **inner_kwargs)
-
-        return original(recomputed, *args, **kwargs)
-
-    library._checkpoint_without_reentrant_generator = generator
-    try:
-        yield
-    finally:
-        library._checkpoint_without_reentrant_generator = original

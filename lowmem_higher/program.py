@@ -28,6 +28,9 @@ from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_resto
 from lowmem_higher.structure import Leaf, Structure, tensors_in, unflatten
 
 
+Buffers = tuple[Tensor | None, ...]
+
+
 class Ref(NamedTuple):
     """Where a value of a program comes from; see NOTE [ Programs and records ]."""
 
@@ -58,22 +61,23 @@ class StepProgram:
     buffers: tuple[Ref, ...] | None
 
     def run(
-        self, weights: Sequence[Tensor], buffers: tuple[Tensor, ...], inputs: StepInputs
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, weights: Sequence[Tensor], buffers: Buffers, inputs: StepInputs
+    ) -> tuple[Tensor, Buffers]:
         """Compute the loss, and the buffers after it, from other weights and buffers."""
-        results: list[tuple[list[Tensor], list[Any], tuple[Tensor, ...]]] = []
+        results: list[tuple[list[Tensor], list[Any], Buffers]] = []
         values: dict[str, Callable[[Ref], Any]] = {
             "weight": lambda ref: weights[ref.index],
             "external": lambda ref: inputs.externals[ref.index],
             "number": lambda ref: _fresh(inputs.numbers[ref.index]),
             "made": lambda ref: results[ref.index][0 if ref.output >= 0 else 1][_position(ref.output)],
             "buffers": lambda ref: results[ref.index][2][ref.output],
+            "none": lambda ref: None,
         }
         now = Ambient.capture()
         for instruction, rng, state in zip(self.instructions, inputs.rng, inputs.states, strict=True):
             leaves = [values[ref.kind](ref) for ref in instruction.refs]
             args, kwargs = unflatten(instruction.structure, iter(leaves))
-            after: tuple[Tensor, ...] = ()
+            after: Buffers = ()
             with instruction.ambient.restored(now), rng_restored(rng):
                 if isinstance(instruction.call, ModuleCall):
                     assert state is not None
@@ -86,6 +90,7 @@ class StepProgram:
                         buffers=buffers if own[1] is None else [values[ref.kind](ref) for ref in own[1]],
                         state=state,
                         stand_ins={id(inputs.originals[ref.index]): values[ref.kind](ref) for ref in instruction.found},
+                        leaves=leaves,
                     )
                 else:
                     out = instruction.call(*args, **kwargs)
@@ -96,16 +101,25 @@ class StepProgram:
 
     def __str__(self) -> str:
         """The program as code that a person can read."""
-        lines = []
+        refs = [self.loss, *(ref for instruction in self.instructions for ref in instruction.refs)]
+        several = {ref.index for ref in refs if ref.kind == "made" and ref.output > 0}
+
+        def name(ref: Ref) -> str:
+            if ref.kind != "made":
+                return f"{ref.kind}s[{ref.index}]"
+            if ref.output < 0:  # what the call wrote into keeps its name
+                return name(self.instructions[ref.index].refs[-1 - ref.output])
+            return f"v{ref.index}[{ref.output}]" if ref.index in several else f"v{ref.index}"
+
+        lines = ["def step_program(weights, externals, numbers):"]
         for position, instruction in enumerate(self.instructions):
-            leaves = iter([_shown(ref) for ref in instruction.refs])
-            args, kwargs = unflatten(instruction.structure, map(_Name, leaves))
-            parts = [repr(arg) for arg in args] + [f"{key}={value!r}" for key, value in kwargs.items()]
-            line = f"    v{position} = {_shown_call(instruction.call)}({', '.join(parts)})"
+            args, kwargs = unflatten(instruction.structure, (_Name(name(ref)) for ref in instruction.refs))
+            parts = [repr(arg) for arg in args] + [f"{key}={value!r}" for key, value in kwargs.items() if value is not None]
             notes = [] if instruction.ambient.grad_enabled else ["no_grad"]
-            notes += [f"also reads {', '.join(map(_shown, instruction.found))}"] if instruction.found else []
-            lines.append(line + (f"  # {'; '.join(notes)}" if notes else ""))
-        return "\n".join(["def step_program(weights, externals, numbers):", *lines, f"    return {_shown(self.loss)}"])
+            notes += [f"also reads {', '.join(map(name, instruction.found))}"] if instruction.found else []
+            comment = f"  # {'; '.join(notes)}" if notes else ""
+            lines.append(f"    v{position} = {_shown_call(instruction.call)}({', '.join(parts)}){comment}")
+        return "\n".join([*lines, f"    return {name(self.loss)}"])
 
 
 @dataclass
@@ -223,7 +237,9 @@ def cut(
         producer = None if state.producer is None else state.producer()
         if producer is not None and id(producer) in position:
             return tuple(Ref("buffers", position[id(producer)], k) for k in range(len(state.tensors)))
-        return tuple(externals.ref(tensor, version_of(tensor)) for tensor in state.tensors)
+        return tuple(
+            Ref("none", 0) if tensor is None else externals.ref(tensor, version_of(tensor)) for tensor in state.tensors
+        )
 
     instructions, states, targets = [], [], {}
     for index, made in enumerate(nodes):
@@ -237,7 +253,7 @@ def cut(
             continue
         if not isinstance(call.target, str):  # a function may be a new object at each step: its code stands for it
             targets[index] = call.target
-            call = ModuleCall(call.twin, getattr(call.target, "__code__", call.target))
+            call = ModuleCall(call.twin, getattr(call.target, "__code__", type(call.target)))
         own_weights = len(inside.weights) == len(weights) and all(map(_same, inside.weights, weights))
         instructions.append(
             Instruction(
@@ -376,18 +392,13 @@ class _Name:
         return self._name
 
 
-def _shown(ref: Ref) -> str:
-    if ref.kind == "made":
-        return f"v{ref.index}" if ref.output == 0 else f"v{ref.index}[{ref.output}]"
-    return f"{ref.kind}s[{ref.index}]"
-
-
 def _shown_call(call: Any) -> str:
     if isinstance(call, ModuleCall):
         return describe(call.target) if isinstance(call.target, str) else getattr(call.target, "co_name", "function")
     if isinstance(call, FunctionApply):
         return call.__name__
-    return str(torch.overrides.resolve_name(call) or getattr(call, "__qualname__", repr(call)))
+    name = torch.overrides.resolve_name(call) or getattr(call, "__qualname__", repr(call))
+    return "torch.autograd.grad" if call is torch.autograd.grad else str(name)
 
 
 __all__ = ["Externals", "Instruction", "Leaf", "Ref", "Slice", "StepInputs", "StepProgram", "check_dependence", "cut"]

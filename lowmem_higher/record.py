@@ -11,9 +11,10 @@ loss was made, so a `TorchFunctionMode` sees each torch call made in the context
 * `autograd.Function.apply` is one node, replayed through `apply`, and so keeps its own backward (rule R8).
 * An in-place write is a node; a later reader of the same storage depends on the last write, and so on all before it.
 * What a node reads that was made before the last step is an *external*, held by reference. So is a tensor without
-  gradient that the recorder chose not to follow: by value it is exact too. It does not follow what is cheaper to hold
-  (`_SMALL`, `_SMALL_DRAW`), what would make a recipe long (`_LONGEST_RECIPE`), and what was read from a tensor that
-  the loop writes into.
+  gradient that the recorder chose not to follow: by value it is exact too. It follows one only where that saves
+  memory (a batch cut from a resident dataset), so not what depends on weights, what is smaller than what it was made
+  from or than the record of its making (`_SMALL`, `_SMALL_DRAW`), what would make a recipe long (`_LONGEST_RECIPE`),
+  and what was read from a tensor that the loop writes into.
 
 A tensor whose making was not seen is an external as well. If it depends on the current fast weights, `step` finds that
 in the autograd graph and raises (rule R9).
@@ -40,15 +41,14 @@ from lowmem_higher.watch import Watcher, intercepted_apply
 
 _SMALL = 64  # bytes: a tensor of this size costs no more than the record of how it was made
 _SMALL_DRAW = 5056  # bytes: the state of the CPU's generator, which replaying a draw would need
-_LONGEST_RECIPE = 31  # calls, a model call counting 16: a recipe holds one model call at most
-_MODEL_CALL = 16
+_LONGEST_RECIPE = 31  # calls
 
 
 @dataclass(eq=False)
 class BufferState:
     """The buffers of a model at one moment; never written into. `producer` is the call that left them so."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor | None, ...]
     producer: weakref.ref[Node] | None = None
 
 
@@ -93,7 +93,7 @@ class Node:
         self.ambient = Ambient.capture()
         self.rng: RngState | None = None
         self.inside = inside
-        self.weight = 1 if inside is None else _MODEL_CALL
+        self.weight = 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,6 @@ class Recorder(TorchFunctionMode):
         self._busy = False  # inside a recorded call
         self._watcher: Watcher | None = None
         self._contexts = 0
-        self._interception: Any = None
         self.inner_leaves: TensorMap[bool] = TensorMap()  # made inside watched code, and requiring grad
         self.devices: set[torch.device] = set()
 
@@ -136,8 +135,7 @@ class Recorder(TorchFunctionMode):
     def enter(self) -> None:
         """A checkpointed context opens: the first one starts the recording."""
         if self._contexts == 0:
-            self._interception = intercepted_apply(self._apply)
-            self._interception.__enter__()
+            intercepted_apply.push(self._apply)
             self.__enter__()
         self._contexts += 1
 
@@ -147,7 +145,7 @@ class Recorder(TorchFunctionMode):
         self._windows.pop(window, None)
         if self._contexts == 0:
             _remove_mode(self)
-            self._interception.__exit__(None, None, None)
+            intercepted_apply.remove(self._apply)
             for entries in (self._made, self._written, self._volatile, self._hooked, self._exposed, self.inner_leaves):
                 entries.clear()
 
@@ -283,7 +281,9 @@ class Recorder(TorchFunctionMode):
 
     def add(self, node: Node, outputs: list[Tensor], written: list[int] | None = None) -> None:
         """Remember what a node made and wrote, as far as it is worth following (NOTE [ The shadow graph ])."""
-        followed = node.weight <= _LONGEST_RECIPE and not self._opaque(node)
+        tensors = [leaf for leaf in node.leaves if isinstance(leaf, Tensor)]
+        followed = node.inside is None and node.weight <= _LONGEST_RECIPE and not self._opaque(node)
+        followed = followed and not any(tensor.requires_grad for tensor in tensors)
         inputs = {id(leaf) for leaf in node.leaves}
         for position in written or ():
             tensor = node.leaves[position]
@@ -298,6 +298,9 @@ class Recorder(TorchFunctionMode):
                 self._made.pop(tensor)
                 self._written.pop(_base(tensor))
         small = _SMALL if node.rng is None else _SMALL_DRAW
+        for leaf, link in zip(node.leaves, node.links, strict=True):
+            if link is not None and isinstance(leaf, Tensor):
+                small = max(small, leaf.nbytes - 1)
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
                 self.devices.add(tensor.device)

@@ -12,7 +12,7 @@ Each is restored in a `with` block, so an exception leaves everything as it was 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_higher.errors import ExternalModifiedError, RecordError
+from lowmem_higher.errors import ExternalModifiedError
 
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -183,7 +183,7 @@ class ModuleState:
             own = {key: value for key, value in module.__dict__.items() if key not in _MACHINERY}
             plain.append({key: value for key, value in own.items() if _kind(type(value)) == "plain"})
             tensors.append({key: value for key, value in own.items() if _kind(type(value)) == "tensor"})
-        versions = [tensor._version for attributes in tensors for tensor in attributes.values()]
+        versions = _versions(tensors)
         if (
             previous is not None
             and previous.plain == plain
@@ -193,15 +193,27 @@ class ModuleState:
             return previous
         return ModuleState(plain, tensors, versions)
 
+    def candidates(self) -> set[int]:
+        """The ids of the tensors."""
+        return {id(tensor) for attributes in self.tensors for tensor in attributes.values()}
+
+    def read_only(self, read: Container[int]) -> ModuleState:
+        """The same state with those tensors only that were read, by id.
+
+        What a forward leaves on its module for others to look at (an attention map, the last features) leads to the
+        whole graph of its step: the next step must not hold it.
+        """
+        if all(id(tensor) in read for attributes in self.tensors for tensor in attributes.values()):
+            return self
+        tensors = [
+            {name: tensor for name, tensor in attributes.items() if id(tensor) in read} for attributes in self.tensors
+        ]
+        return ModuleState(self.plain, tensors, _versions(tensors))
+
     @contextmanager
     def applied(self, modules: list[nn.Module]) -> Iterator[None]:
         """Give `modules` these attributes inside the block; whatever the block sets on them is taken away again."""
-        if len(modules) != len(self.plain):
-            raise RecordError(
-                f"The model had {len(modules)} submodules when the context was entered and {len(self.plain)} at this "
-                "step, and a replay needs the same ones. Add or remove submodules before innerloop_ctx(...)."
-            )
-        if self.versions != [tensor._version for attributes in self.tensors for tensor in attributes.values()]:
+        if self.versions != _versions(self.tensors):
             names = ", ".join(sorted({name for attributes in self.tensors for name in attributes}))
             raise ExternalModifiedError(
                 f"A tensor that the model holds as a plain attribute (one of: {names}) was modified in place after a "
@@ -215,6 +227,18 @@ class ModuleState:
         finally:
             for module, attributes in zip(modules, before, strict=True):
                 object.__setattr__(module, "__dict__", attributes)
+
+
+def _versions(tensors: list[dict[str, Tensor]]) -> list[int]:
+    return [tensor._version for attributes in tensors for tensor in attributes.values()]
+
+
+def structure_of(root: nn.Module) -> list[tuple[int, int]]:
+    """What a module is built of: which submodules, and how many hooks each has."""
+    return [(id(module), sum([len(vars(module)[table]) for table in _HOOK_TABLES])) for module in root.modules()]
+
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _same_tensors(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:

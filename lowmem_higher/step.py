@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, gradients
 from lowmem_higher.patch import replayed_weights
-from lowmem_higher.program import Ref, StepInputs, StepProgram, modified_error
+from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
 from lowmem_higher.structure import Structure, unflatten
@@ -27,7 +27,7 @@ class Carry:
 
     weights: list[Tensor]
     state: State
-    buffers: tuple[Tensor, ...]
+    buffers: Buffers
     versions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -35,7 +35,8 @@ class Carry:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the carry."""
-        return [*self.weights, *state_tensors(self.state), *self.buffers]
+        buffers = [buffer for buffer in self.buffers if buffer is not None]
+        return [*self.weights, *state_tensors(self.state), *buffers]
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +125,7 @@ class StepRun:
 
     weights: list[Tensor]
     state: State
-    buffers: tuple[Tensor, ...]
+    buffers: Buffers
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -146,6 +147,7 @@ class StepRecord:
     targets: dict[int, Any]
     callback: GradCallback | None
     callback_rng: RngState | None
+    loss: float | None
     fingerprint: Tensor | None
     end_mark: Tensor | None
     segment: Any
@@ -162,7 +164,7 @@ class StepRecord:
         self,
         weights: list[Tensor],
         state: State,
-        buffers: tuple[Tensor, ...],
+        buffers: Buffers,
         externals: list[Tensor],
         *,
         create_graph: bool,
@@ -171,6 +173,8 @@ class StepRecord:
         inputs = StepInputs(externals, self.externals, self.numbers, self.rng, self.states, self.targets)
         loss, new_buffers = self.program.run(weights, buffers, inputs)
         with self.update.ambient.restored(Ambient.capture()):
+            if self.loss is not None:
+                check_loss_value(self, loss)
             grads: Gradients = gradients(loss, weights, create_graph=create_graph)
             if self.fingerprint is not None:
                 check_fingerprint(self, loss, grads)
@@ -260,15 +264,27 @@ _DRIFT = {torch.float64: 1e-10, torch.float32: 2e-5}  # over one segment, of whi
 _COARSE_TOLERANCE = 3e-2  # half precision and autocast
 
 
+def check_loss_value(record: StepRecord, loss: Tensor) -> None:
+    """Rule R10, at every replay: the loss is the one that the user's loop had."""
+    found, expected = loss.detach().item(), record.loss
+    assert expected is not None
+    if not abs(found - expected) <= tolerance_of(record, [loss]) * (abs(expected) + 1e-3):
+        raise mismatch_error(record, f"the loss was {expected:.9g} in your loop and is {found:.9g} now")
+
+
+def tolerance_of(record: StepRecord, tensors: Sequence[Tensor]) -> float:
+    """How far a replay may differ by rounding, relative."""
+    if any(instruction.ambient.autocast_enabled for instruction in record.program.instructions):
+        return _COARSE_TOLERANCE
+    return max(_TOLERANCE.get(tensor.dtype, _COARSE_TOLERANCE) for tensor in tensors)
+
+
 def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> None:
     """Rule R10: a replay gives what the user's code gave, or raises."""
     assert record.fingerprint is not None
     found, expected = fingerprint(loss, grads), record.fingerprint
     present = [(name, grad) for name, grad in zip(record.names, grads, strict=True) if grad is not None]
-    tolerance = max(_TOLERANCE.get(tensor.dtype, _COARSE_TOLERANCE) for tensor in (loss, *(grad for _, grad in present)))
-    ambients = (instruction.ambient for instruction in record.program.instructions)
-    if any(ambient.autocast_enabled for ambient in ambients):
-        tolerance = _COARSE_TOLERANCE
+    tolerance = tolerance_of(record, [loss, *(grad for _, grad in present)])
     labels, scales = ["the loss"], [expected[0].abs()]
     if len(found) == len(expected):
         for position, (name, grad) in enumerate(present):
@@ -283,7 +299,12 @@ def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> Non
         difference = f"{labels[worst]} was {expected[worst].item():.9g} in your loop and is {found[worst].item():.9g} now"
     else:
         difference = "other parameters have a gradient than in your loop"
-    raise ReplayMismatchError(
+    raise mismatch_error(record, difference)
+
+
+def mismatch_error(record: StepRecord, difference: str) -> ReplayMismatchError:
+    """Rule R10."""
+    return ReplayMismatchError(
         f"The replay of step {record.time} differs from what your code computed: {difference}. Likely causes: forward, "
         "grad_callback or the function given to step reads something that changed since and is no argument (a global, "
         "a list, an attribute of another object); it draws random numbers from numpy or random; the model writes into "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ Structure = Any  # nested tuples of constants and Leaf, hashable
 def flatten(value: Any, leaves: list[Any]) -> Structure:
     """Append the leaves of `value` to `leaves` and return its structure.
 
-    Tuples (named ones too), lists, dictionaries and slices are opened. Numbers are leaves rather than constants, so
+    Tuples (named ones too), lists, dictionaries, slices and dataclasses are opened. Numbers are leaves rather than constants, so
     that a step which differs only in a number has the same structure. An array is copied, since its owner may write
     into it; any other object is a leaf by reference.
     """
@@ -53,8 +54,11 @@ def flatten(value: Any, leaves: list[Any]) -> Structure:
         return (kind, tuple([flatten(item, leaves) for item in value]))
     if issubclass(kind, tuple):  # named tuples and torch's own result tuples
         return (kind, tuple([flatten(item, leaves) for item in value]))
-    if kind is dict:
-        return (dict, tuple(value), tuple([flatten(item, leaves) for item in value.values()]))
+    if kind is dict or kind is OrderedDict:
+        return (kind, tuple(value), tuple([flatten(item, leaves) for item in value.values()]))
+    if dataclasses.is_dataclass(value):  # Hugging Face's model outputs too
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return (kind, tuple(fields), tuple([flatten(item, leaves) for item in fields.values()]))
     if kind is slice:
         return (slice, tuple([flatten(item, leaves) for item in (value.start, value.stop, value.step)]))
     leaves.append(copy.copy(value) if hasattr(value, "__array__") else value)
@@ -68,8 +72,9 @@ def unflatten(structure: Structure, leaves: Any) -> Any:
     if not isinstance(structure, tuple):
         return structure
     kind = structure[0]
-    if kind is dict:
-        return {key: unflatten(item, leaves) for key, item in zip(structure[1], structure[2], strict=True)}
+    if len(structure) == 3:
+        named = {key: unflatten(item, leaves) for key, item in zip(structure[1], structure[2], strict=True)}
+        return kind(named) if kind is dict or kind is OrderedDict else kind(**named)
     items = [unflatten(item, leaves) for item in structure[1]]
     if kind is slice:
         return slice(*items)

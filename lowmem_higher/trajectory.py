@@ -144,6 +144,7 @@ class Trajectory:
         self._outputs: list[weakref.ref[Tensor]] = []
         self._versions: list[int] = []
         self._plain_state: list[Any] = []
+        self._segment: weakref.ref[Segment] | None = None  # the one that was replayed last
         self._window = 0
         self._since = 0
         self._window_buffers = BufferState(())
@@ -200,8 +201,8 @@ class Trajectory:
                 run = functools.partial(loss, fmodel)
                 loss, node = self._live.call(fmodel, loss, run, args, kwargs)
             with self._recorder.watching(None), torch._C.DisableTorchFunction():
-                check_loss(loss)
-                self._take(optimizer, fmodel, loss, node, callback)
+                value = check_loss(loss)
+                self._take(optimizer, fmodel, loss, value, node, callback)
             self._start_window()
         self.ledger.forward_seconds = time.perf_counter() - self._entered
 
@@ -210,6 +211,7 @@ class Trajectory:
         optimizer: DifferentiableOptimizer,
         fmodel: FunctionalModule,
         loss: Tensor,
+        value: float,
         node: Node | None,
         callback: GradCallback | None,
     ) -> None:
@@ -256,6 +258,7 @@ class Trajectory:
             targets=piece.targets,
             callback=callback,
             callback_rng=callback_rng,
+            loss=None if self._verify == "off" else value,
             fingerprint=mark,
             end_mark=None,
             segment=segment,
@@ -326,6 +329,8 @@ class Trajectory:
             same
             and [version_of(tensor) for tensor in now] == self._versions
             and plain_state(state) == self._plain_state
+            and self._tail is not None
+            and self._tail.layout.trainable == tuple([weight.requires_grad for weight in weights])
             and not any(map(self._recorder.exposed, weights))
         )
 
@@ -393,6 +398,7 @@ class Trajectory:
     def carry_before(self, record: StepRecord) -> Carry:
         """The carry that a step started from; replayed from the nearest earlier one that is held."""
         segment: Segment = record.segment
+        self._working_on(segment)
         missing = []
         current: StepRecord | None = record
         while current is not None and current.time != segment.start and current.time not in segment.replayed:
@@ -414,9 +420,18 @@ class Trajectory:
         """The fast weights that a step ended with; replayed, and held until the next step or backward of its segment."""
         segment: Segment = record.segment
         with self._recorder.watching(None):
+            self._working_on(segment)
             if record.time + 1 not in segment.replayed:
                 segment.replayed[record.time + 1] = self._advance(record, self.carry_before(record))
         return segment.replayed[record.time + 1].weights
+
+    def _working_on(self, segment: Segment) -> None:
+        """Replayed carries are held of one segment at a time."""
+        before = None if self._segment is None else self._segment()
+        if before is not None and before is not segment:
+            before.replayed.clear()
+            before.graphs.clear()
+        self._segment = weakref.ref(segment)
 
     def _advance(self, record: StepRecord, carry: Carry) -> Carry:
         self.ledger.count_first_order()

@@ -8,8 +8,7 @@ tensors that were not read the first time.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import TorchFunctionMode
 
+from lowmem_higher.interception import Interception
 from lowmem_higher.structure import flatten, tensors_in, unflatten
 from lowmem_higher.tensor_map import TensorMap
 
@@ -31,6 +31,7 @@ class Watcher(TorchFunctionMode):
         given: The tensors that the watched code was given: arguments, weights, buffers.
         stand_ins: By `id` of the tensor they stand for; used in replays.
         inner_leaves: Receives the leaves that require grad and are made inside.
+        candidates: Ids of tensors; which of them are read is noted in `read`.
     """
 
     def __init__(
@@ -38,8 +39,11 @@ class Watcher(TorchFunctionMode):
         given: Iterable[Tensor],
         stand_ins: Mapping[int, Tensor] | None = None,
         inner_leaves: TensorMap[bool] | None = None,
+        candidates: Container[int] = (),
     ) -> None:
         super().__init__()
+        self.read: set[int] = set()
+        self._candidates = candidates
         self._inner_leaves = inner_leaves
         self.found: list[Tensor] = []
         self._given = list(given)  # held, so that no id is used twice
@@ -61,7 +65,8 @@ class Watcher(TorchFunctionMode):
 
     def look(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Note what is unknown among the arguments; give them back with stand-ins in place."""
-        if not any(map(self._unknown, args)) and not (kwargs and any(map(self._unknown, kwargs.values()))):
+        unknown = [self._unknown(value) for value in (*args, *kwargs.values())]
+        if not any(unknown):
             return args, kwargs
         leaves: list[Any] = []
         structure = flatten((args, kwargs), leaves)
@@ -76,12 +81,14 @@ class Watcher(TorchFunctionMode):
 
     def _unknown(self, value: Any) -> bool:
         if isinstance(value, Tensor):
+            if self._candidates and id(value) in self._candidates:
+                self.read.add(id(value))
             return value.requires_grad and id(value) not in self._known and (
                 id(value) in self._stand_ins or _made_before(value, self._made_from)
             )
         if isinstance(value, (tuple, list)):
-            return any(map(self._unknown, value))
-        return isinstance(value, dict) and any(map(self._unknown, value.values()))
+            return any([self._unknown(item) for item in value])
+        return isinstance(value, dict) and any([self._unknown(item) for item in value.values()])
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -90,7 +97,7 @@ class Watcher(TorchFunctionMode):
         def apply(function: type, original: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             return original(*self.look(args, {})[0])
 
-        with self, intercepted_apply(apply):
+        with self, intercepted_apply.by(apply):
             yield
 
 
@@ -100,30 +107,17 @@ def _made_before(tensor: Tensor, sequence_number: int) -> bool:
     return node is None or node._sequence_nr() < sequence_number
 
 
-@contextmanager
-def intercepted_apply(handler: ApplyHandler) -> Iterator[None]:
-    """Give `handler(function_class, original_apply, args)` every `autograd.Function.apply` of this thread.
-
-    `TorchFunctionMode` does not see `apply`. All ways to call it, also through an alias made earlier, end in the base
-    class `_SingleLevelFunction`, whose attribute is set inside the block and put back after it.
-    """
-    thread = threading.get_ident()
-    before = _SingleLevelFunction.__dict__.get("apply")
-
+def _replacement(before: Any) -> Any:
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            original = before.__get__(None, cls)
-        else:
-            original = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]  # found at run time
-        if threading.get_ident() != thread or kwargs:
+        original = super(_SingleLevelFunction, cls).apply if before is None else before.__get__(None, cls)  # type: ignore[misc]  # a class made in C
+        handlers = intercepted_apply.handlers()
+        if kwargs or not handlers:
             return original(*args, **kwargs)
-        return handler(cls, original, args)
+        return handlers[-1](cls, original, args)
 
-    _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[assignment]  # put back below
-    try:
-        yield
-    finally:
-        if before is None:
-            del _SingleLevelFunction.apply
-        else:
-            _SingleLevelFunction.apply = before
+    return classmethod(apply)
+
+
+# `TorchFunctionMode` does not see `autograd.Function.apply`. All ways to call it, also through an alias made earlier, end
+# in this base class.
+intercepted_apply: Interception[ApplyHandler] = Interception(_SingleLevelFunction, "apply", _replacement)

@@ -7,6 +7,8 @@ import gc
 import io
 import math
 import random
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -390,6 +392,20 @@ class TestLiveBytes:
         with live_bytes():
             assert run() == expected
         assert "mul" in expected
+
+    def test_does_not_import_the_compiler(self) -> None:
+        """PyTorch's default for a dispatch mode does, at its first operation: 3 seconds and 65 MB."""
+        script = """
+import sys
+import torch
+from lowmem_higher.testing import live_bytes
+before = "torch._dynamo" in sys.modules
+with live_bytes() as memory:
+    x = torch.ones(1)
+assert memory.peak == 4
+assert ("torch._dynamo" in sys.modules) == before, "imported"
+"""
+        subprocess.run([sys.executable, "-c", script], check=True)
 
     def test_repr(self) -> None:
         with live_bytes() as memory:

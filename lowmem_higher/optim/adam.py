@@ -30,6 +30,8 @@ class DifferentiableAdam(DifferentiableOptimizer):
         Reddi, Kale and Kumar, On the convergence of Adam and beyond, ICLR 2018 (AMSGrad).
     """
 
+    elementwise = True
+
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """One step; keeps both moments, the step count and, with amsgrad, the largest second moment."""
         lr, decay = group["lr"], group["weight_decay"]

@@ -16,6 +16,7 @@ nothing of where its inputs come from.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -130,7 +131,7 @@ class DifferentiableOptimizer:
         if override is not None:
             self._apply_override(override)
 
-    elementwise = True  # whether `update` treats each element alone, so that it may run on many parameters joined
+    elementwise = False  # whether `update` treats each element alone, so that it may run on many parameters joined
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """The pure update rule of one parameter; see NOTE [ Pure update rules ]."""
@@ -236,13 +237,23 @@ class DifferentiableOptimizer:
                 "step(loss) got further arguments besides a tensor; they belong to step(fn, *args, **kwargs), where "
                 "fn(fmodel, *args, **kwargs) computes the loss. Write step(loss, override=..., grad_callback=...)."
             )
-        if override is not None:
-            self._apply_override(override)
+        groups = self.param_groups
         callback = grad_callback or self._grad_callback
-        if self._executor is not None:
-            self._executor.step(self, loss, args, kwargs, callback)
-        else:
-            self._unrolled_step(loss(self._fmodel, *args, **kwargs) if callable(loss) else loss, callback)
+        try:
+            if override is not None:
+                self.param_groups = [dict(group) for group in groups]
+                self._apply_override(override)
+            if self._executor is not None:
+                self._executor.step(self, loss, args, kwargs, callback)
+            else:
+                self._unrolled_step(loss(self._fmodel, *args, **kwargs) if callable(loss) else loss, callback)
+        except BaseException:
+            self.param_groups = groups
+            raise
+        if override is not None:  # the same dictionaries, since the user may hold them
+            for group, new in zip(groups, self.param_groups, strict=True):
+                group.update(new)
+            self.param_groups = groups
         return list(self._fmodel.fast_params)
 
     def _unrolled_step(self, loss: Tensor, callback: GradCallback | None) -> None:
@@ -334,8 +345,8 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> 
     return grads
 
 
-def check_loss(loss: object) -> None:
-    """Refuse what no step can be taken from: anything but a finite scalar tensor with a graph."""
+def check_loss(loss: object) -> float:
+    """The value of a loss; refuses what no step can be taken from: anything but a finite scalar tensor with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"step(loss) needs a scalar tensor or a function that returns one, and got {type(loss).__name__}.")
     if loss.numel() != 1:
@@ -345,11 +356,13 @@ def check_loss(loss: object) -> None:
             "The loss has no graph: it does not require grad. Was it computed under torch.no_grad(), or detached? "
             "Compute it with fmodel(x) where gradients are enabled."
         )
-    if not torch.isfinite(loss.detach()).all():
+    value: float = loss.detach().item()
+    if not math.isfinite(value):
         raise ValueError(
-            f"The loss is {loss.item()}: training has diverged, and every later gradient would be NaN. Lower the inner "
+            f"The loss is {value}: training has diverged, and every later gradient would be NaN. Lower the inner "
             "learning rate, or clip with grad_callback; to stop early, test torch.isfinite(loss) before the step."
         )
+    return value
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

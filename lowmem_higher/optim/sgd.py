@@ -25,6 +25,8 @@ class DifferentiableSGD(DifferentiableOptimizer):
         Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
     """
 
+    elementwise = True
+
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """One step; keeps a momentum buffer if there is momentum."""
         momentum, dampening = group["momentum"], group["dampening"]
