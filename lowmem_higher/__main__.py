@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command is None:
         parser.print_help()
         return 0
-    if missing := _missing_extras():
-        print(f'{demo.prog}: needs {", ".join(missing)}: pip install "lowmem_higher[demo]"', file=sys.stderr)
-        return _FAILED
     try:
+        if missing := _missing_extras():
+            print(f'{demo.prog}: needs {", ".join(missing)}: pip install "lowmem_higher[demo]"', file=sys.stderr)
+            return _FAILED
         return _demo(parsed)
     except OptionError as error:
         demo.error(str(error))

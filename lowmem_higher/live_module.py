@@ -7,9 +7,10 @@ sees (rules R3, R12), and nothing that is kept for the backward leads back to th
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,13 @@ class Twin:
         own_buffers = copied(buffers)
         given = [*weights, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
         watcher = Watcher(given, stand_ins)
-        with ExitStack() as stack:
-            stack.enter_context(self.slots.installed(weights, own_buffers))
-            stack.enter_context(state.applied(self.modules))
-            stack.enter_context(follow(FixedWeights(self.slots, weights, lambda: Watcher(given, stand_ins).on())))
-            stack.enter_context(watcher.on())
+        around = functools.partial(_watched, given, stand_ins)
+        with (
+            self.slots.installed(weights, own_buffers),
+            state.applied(self.modules),
+            follow(FixedWeights(self.slots, weights, around)),
+            watcher.on(),
+        ):
             module = self.root.get_submodule(target) if isinstance(target, str) else None
             out = module(*args, **kwargs) if module is not None else target(self.root, *args, **kwargs)  # type: ignore[operator]
             new_buffers = tuple(self.slots.read_buffers())
@@ -74,6 +77,10 @@ class Twin:
                 "probably set to a new tensor in between. Pass the tensor as an argument: fmodel(x, tensor)."
             )
         return out, new_buffers
+
+
+def _watched(given: list[Tensor], stand_ins: dict[int, Tensor]) -> AbstractContextManager[None]:
+    return Watcher(given, stand_ins).on()
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class LiveModule:
     def __init__(self, model: nn.Module, fmodel: FunctionalModule, recorder: Recorder) -> None:
         self.twin = Twin(model)
         self.recorder = recorder
-        self._structure = structure_of(fmodel)
+        self._structure = structure_of(list(fmodel.modules()))
         self._state: ModuleState | None = None
         self._visible: list[tuple[int, int]] = []
         self.buffers = BufferState(())
@@ -135,8 +142,9 @@ class LiveModule:
             leaves: list[Any] = []
             structure = flatten((args, kwargs), leaves)
             buffers = self.current_buffers(fmodel)
-            self._check_structure(fmodel)
-            self._state = ModuleState.capture(fmodel, self._state)
+            modules = list(fmodel.modules())
+            self._check_structure(modules)
+            self._state = ModuleState.capture(modules, self._state)
             given = [*view.current, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
             watcher = Watcher(given, inner_leaves=recorder.inner_leaves, candidates=self._state.candidates())
             inside = Inside(view.current, buffers, self._state, watcher.found, [])
@@ -155,8 +163,8 @@ class LiveModule:
                 recorder.add(node, tensors_in(out))
         return out, node
 
-    def _check_structure(self, fmodel: FunctionalModule) -> None:
-        if structure_of(fmodel) != self._structure:
+    def _check_structure(self, modules: list[nn.Module]) -> None:
+        if structure_of(modules) != self._structure:
             raise RecordError(
                 "A submodule was added, replaced or removed, or a hook was registered, after the context was entered, and "
                 "a replay would not have it. Do it on the model, before innerloop_ctx(...)."

@@ -176,13 +176,20 @@ class ModuleState:
     versions: list[int]
 
     @staticmethod
-    def capture(root: nn.Module, previous: ModuleState | None = None) -> ModuleState:
-        """Read the attributes of `root` and its submodules; gives back `previous` if nothing differs from it."""
+    def capture(modules: list[nn.Module], previous: ModuleState | None = None) -> ModuleState:
+        """Read the attributes of all `modules`; gives back `previous` if nothing differs from it."""
         plain, tensors = [], []
-        for module in root.modules():
-            own = {key: value for key, value in module.__dict__.items() if key not in _MACHINERY}
-            plain.append({key: value for key, value in own.items() if _kind(type(value)) == "plain"})
-            tensors.append({key: value for key, value in own.items() if _kind(type(value)) == "tensor"})
+        for module in modules:
+            plain_here, tensors_here = {}, {}
+            for key, value in module.__dict__.items():
+                if key not in _MACHINERY:
+                    kind = _kind(type(value))
+                    if kind == "plain":
+                        plain_here[key] = value
+                    elif kind == "tensor":
+                        tensors_here[key] = value
+            plain.append(plain_here)
+            tensors.append(tensors_here)
         versions = _versions(tensors)
         if (
             previous is not None
@@ -233,12 +240,18 @@ def _versions(tensors: list[dict[str, Tensor]]) -> list[int]:
     return [tensor._version for attributes in tensors for tensor in attributes.values()]
 
 
-def structure_of(root: nn.Module) -> list[tuple[int, int]]:
-    """What a module is built of: which submodules, and how many hooks each has."""
-    return [(id(module), sum([len(vars(module)[table]) for table in _HOOK_TABLES])) for module in root.modules()]
-
-
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def structure_of(modules: list[nn.Module]) -> list[tuple[int, int]]:
+    """What a model is built of: which submodules, and how many hooks each has."""
+    return [
+        (
+            id(module),
+            len(module._forward_hooks)
+            + len(module._forward_pre_hooks)
+            + len(module._backward_hooks)
+            + len(module._backward_pre_hooks),
+        )
+        for module in modules
+    ]
 
 
 def _same_tensors(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:

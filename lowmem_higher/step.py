@@ -175,7 +175,7 @@ class StepRecord:
         with self.update.ambient.restored(Ambient.capture()):
             if self.loss is not None:
                 check_loss_value(self, loss)
-            grads: Gradients = gradients(loss, weights, create_graph=create_graph)
+            grads: Gradients = gradients(loss, weights, create_graph=create_graph, retain_graph=create_graph)
             if self.fingerprint is not None:
                 check_fingerprint(self, loss, grads)
             if self.callback is not None:

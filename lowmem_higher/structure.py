@@ -67,7 +67,7 @@ def flatten(value: Any, leaves: list[Any]) -> Structure:
 
 def unflatten(structure: Structure, leaves: Any) -> Any:
     """Put a structure together again from an iterator over its leaves."""
-    if isinstance(structure, Leaf):
+    if structure is TENSOR or structure is VALUE:
         return next(leaves)
     if not isinstance(structure, tuple):
         return structure

@@ -314,7 +314,7 @@ def manual_steps(run: Run) -> Tensor:
 
 def batch_norm(run: Run) -> Tensor:
     """BatchNorm over convolutions: two training forwards a step, some evaluations between, the outer loss in eval."""
-    net = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 1))  # fmt: skip
+    net = nn.Sequential(nn.Conv1d(2, 3, 2, bias=False), nn.BatchNorm1d(3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 4, bias=False), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 1))  # fmt: skip
     run.net(net)
     x, y, scale = run.data(12, 2, 4), run.data(12, 1), run.leaf("scale", 0.5)
     with run.context(net, sgd_for(net, lr=0.05)) as (fnet, diffopt):
@@ -322,11 +322,12 @@ def batch_norm(run: Run) -> Tensor:
             first = fnet(x[rows(t)])
             with torch.no_grad():
                 fnet(x[:5] * 2)  # counts in the statistics, though nothing depends on it
-            fnet.eval()
-            second = fnet(x[:4])
-            fnet.train()
-            third = fnet(x[rows(t + 1)] * scale)
-            diffopt.step((first - y[rows(t)]).square().mean() + second.square().mean() + (third - first).square().mean())
+            second = fnet(x[rows(t + 1)] * scale)
+            with torch.no_grad():
+                fnet.eval()
+                weight = fnet(x).std()
+                fnet.train()
+            diffopt.step((first - y[rows(t)]).square().mean() + weight * (second - first).square().mean())
         fnet.eval()
         return fnet(x).tanh().sum() + fnet[1].running_mean.sum().detach()
 
@@ -374,7 +375,7 @@ class CheckpointedNet(nn.Module):
 
     def __init__(self, nested: bool) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.first, self.norm, self.last = nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.2)) for _ in range(2))
         self.nested = nested
 
@@ -382,7 +383,7 @@ class CheckpointedNet(nn.Module):
         hidden = self.norm(self.first(x))
         for block in self.blocks:
             hidden = checkpoint(self.block, block, hidden, shift, use_reentrant=False)
-        return self.last(hidden)
+        return self.last(hidden).tanh()
 
     def block(self, block: nn.Module, hidden: Tensor, shift: Tensor) -> Tensor:
         hidden = hidden + shift
@@ -394,7 +395,7 @@ class CheckpointedNet(nn.Module):
 def _checkpointed_model(run: Run, nested: bool) -> Tensor:
     net, x, y, shift = run.net(CheckpointedNet(nested)), run.data(12, 3), run.data(12, 1), run.leaf("shift", run.data(4))
     outer = torch.zeros((), dtype=torch.float64)
-    with run.context(net, sgd_for(net, lr=0.05)) as (fnet, diffopt):
+    with run.context(net, sgd_for(net, lr=0.02, momentum=0.5)) as (fnet, diffopt):
         for t in range(run.steps):
             if t % 4 == 1:  # built now, differentiated after many more steps
                 outer = outer + fnet(x, shift).cos().sum()
@@ -512,11 +513,12 @@ def gradient_penalty(run: Run) -> Tensor:
     with run.context(net, sgd_for(net, lr=0.05)) as (fnet, diffopt):
         for t in range(run.steps):
             batch = x[rows(t)].clone().requires_grad_()
-            out = fnet(batch + shift)
+            here = shift * 1.0  # by `shift` itself it would be the derivative through all earlier steps as well
+            out = fnet(batch + here)
             loss = (out - y[rows(t)]).square().mean()
             (by_input,) = torch.autograd.grad(out.sum(), batch, create_graph=True)
             by_weight = torch.autograd.grad(loss, list(fnet.parameters()), create_graph=True)[0]
-            (by_shift,) = torch.autograd.grad(out.sin().sum(), shift, create_graph=True)
+            (by_shift,) = torch.autograd.grad(out.sin().sum(), here, create_graph=True)
             penalty = (by_input.norm(dim=1) - 1).square().mean() + by_weight.square().sum() + by_shift.tanh().sum()
             diffopt.step(loss + 0.1 * penalty)
         return fnet(x).tanh().sum()
@@ -530,13 +532,13 @@ def in_place(run: Run) -> Tensor:
             out = fnet(x[rows(t)])
             out[:, 0] *= 2
             column = out[:, 1]
-            squares = out.square()
+            shifted = out - 1
             column.add_(weight[:, 0])
             out += y[rows(t)]
             collected = torch.zeros(4, 8, dtype=torch.float64)
             for index in range(3):
                 collected[index] = (out[:, index] * weight[:, index]).sin()
-            collected[3].copy_(squares.mean(1))
+            collected[3].copy_(shifted.mean(1))
             total = torch.zeros((), dtype=torch.float64)
             for part in collected:
                 total += part.square().mean()

@@ -17,6 +17,7 @@ UNROLL_LIMIT = 2 * 10**9
 """The full unroll is measured up to the number of steps that fits in these bytes: a long demo must be safe to run."""
 
 _SHARES_OF_STEPS = (0.1, 0.25, 0.5, 0.75, 1.0)
+_PROBE_STEPS = 20
 _REPEATS = 3
 _DRAW = 30_000
 
@@ -34,7 +35,8 @@ class Comparison:
         unrolled_peak: The same, fully unrolled.
         checkpointed_seconds: Median of three runs, forward and backward, in turns with the other.
         unrolled_seconds: The same, fully unrolled.
-        relative_difference: By group of meta-parameters: norm of the difference over norm of the unroll's gradient.
+        gradient_norm: By group of meta-parameters, of the unroll's gradient.
+        relative_difference: By group of meta-parameters: norm of the difference over `gradient_norm`.
         checkpointed_report: `diffopt.report` of the run with checkpoints.
         unrolled_report: The same, fully unrolled.
     """
@@ -47,6 +49,7 @@ class Comparison:
     unrolled_peak: int
     checkpointed_seconds: float
     unrolled_seconds: float
+    gradient_norm: dict[str, float]
     relative_difference: dict[str, float]
     checkpointed_report: dict[str, object]
     unrolled_report: dict[str, object]
@@ -71,32 +74,26 @@ def compare(digits: Digits, meta: MetaParameters, options: Options, progress: Pr
 
     every = options.checkpoint_every
     points = sorted({max(1, round(share * options.steps)) for share in _SHARES_OF_STEPS})
-    checkpointed_peaks: list[int] = []
-    unrolled_peaks: list[int] = []
-    room = options.steps
-    with progress.phase("measuring memory", sum(points) * (1 + CHECKPOINTED_PASSES)):
-        for steps in points:
-            checkpointed_peaks.append(peak(steps, every))
-            if steps <= room:
-                unrolled_peaks.append(peak(steps, None))
-                room = min(options.steps, max(steps, UNROLL_LIMIT * steps // unrolled_peaks[-1]))
-    if room == options.steps:
-        checkpointed_peak, unrolled_peak = checkpointed_peaks[-1], unrolled_peaks[-1]
-    else:
-        checkpointed_peak, unrolled_peak = peak(room, every), peak(room, None)
-
+    probe = min(options.steps, _PROBE_STEPS)
+    room = max(1, min(options.steps, UNROLL_LIMIT * probe // peak(probe, None)))
+    checkpointed_points = sorted({*points, room})
+    unrolled_points = [steps for steps in checkpointed_points if steps <= room]
+    with progress.phase("measuring memory", sum(unrolled_points) + CHECKPOINTED_PASSES * sum(checkpointed_points)):
+        unrolled_peaks = [peak(steps, None) for steps in unrolled_points]
+        checkpointed_peaks = [peak(steps, every) for steps in checkpointed_points]
     with progress.phase("measuring time", _REPEATS * room * (1 + CHECKPOINTED_PASSES)):
         pairs = [(run(room, every), run(room, None)) for _ in range(_REPEATS)]
     checkpointed, unrolled = pairs[-1]
     return Comparison(
-        memory_steps=points,
+        memory_steps=checkpointed_points,
         checkpointed_peaks=checkpointed_peaks,
         unrolled_peaks=unrolled_peaks,
         steps=room,
-        checkpointed_peak=checkpointed_peak,
-        unrolled_peak=unrolled_peak,
+        checkpointed_peak=checkpointed_peaks[checkpointed_points.index(room)],
+        unrolled_peak=unrolled_peaks[-1],
         checkpointed_seconds=statistics.median(pair[0].seconds for pair in pairs),
         unrolled_seconds=statistics.median(pair[1].seconds for pair in pairs),
+        gradient_norm={name: _norm(tensors) for name, tensors in unrolled.gradients.items()},
         relative_difference={
             name: _relative_difference(checkpointed.gradients[name], tensors)
             for name, tensors in unrolled.gradients.items()
@@ -107,7 +104,13 @@ def compare(digits: Digits, meta: MetaParameters, options: Options, progress: Pr
 
 
 def _relative_difference(have: list[torch.Tensor], want: list[torch.Tensor]) -> float:
-    """|have - want| / |want| over all the tensors; infinite where `want` is zero, which would prove nothing."""
-    difference = sum((a - b).pow(2).sum().item() for a, b in zip(have, want, strict=True)) ** 0.5
-    norm = sum(b.pow(2).sum().item() for b in want) ** 0.5
-    return float(difference / norm) if norm > 0 else float("inf")
+    """|have - want| / |want| over all the tensors."""
+    difference = _norm([a - b for a, b in zip(have, want, strict=True)])
+    if difference == 0:
+        return 0.0
+    norm = _norm(want)
+    return difference / norm if norm > 0 else float("inf")
+
+
+def _norm(tensors: list[torch.Tensor]) -> float:
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())

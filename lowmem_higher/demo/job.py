@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,8 +25,20 @@ def run(options: Options) -> summary.Result:
         DivergedError: The inner training or its gradient is no longer finite.
         OSError: The results cannot be written.
     """
-    start = time.perf_counter()
     print(summary.introduction(options), flush=True)
+    with _one_thread():
+        result, weights, corrupted = _find(options)
+    picture_path, numbers_path = options.out / PICTURE, options.out / NUMBERS
+    comparison, every = result.comparison, options.checkpoint_every
+    picture.draw(picture_path, comparison, weights, corrupted, result.detection, every)
+    summary.save(numbers_path, summary.as_dict(result, _device_name(options.device)))
+    print(summary.page(result, picture_path, numbers_path), flush=True)
+    return result
+
+
+def _find(options: Options) -> tuple[summary.Result, torch.Tensor, torch.Tensor]:
+    """The result, the learned weights, and which labels are wrong."""
+    start = time.perf_counter()
     progress = Progress()
     digits = data.load(options.seed, options.device)
     first, learned = (
@@ -34,14 +48,30 @@ def run(options: Options) -> summary.Result:
     found = detection.judge(learned.example_weights, digits.corrupted)
     accuracies = accuracy.measure(digits, first, learned, options, progress)
     comparison = compare(digits, learned, options, progress)
-    result = summary.Result(options, accuracies, found, history, comparison, time.perf_counter() - start)
+    result = summary.Result(
+        options=options,
+        accuracy=accuracies,
+        detection=found,
+        history=history,
+        comparison=comparison,
+        test_examples=len(digits.test_labels),
+        seconds=time.perf_counter() - start,
+    )
+    return result, learned.example_weights.detach(), digits.corrupted
 
-    picture_path, numbers_path = options.out / PICTURE, options.out / NUMBERS
-    weights = learned.example_weights
-    picture.draw(picture_path, comparison, weights, digits.corrupted, found, options.checkpoint_every)
-    summary.save(numbers_path, summary.as_dict(result, _device_name(options.device)))
-    print(summary.page(result, picture_path, numbers_path), flush=True)
-    return result
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Computes on one CPU thread: the net is too small to share, and threads that wait spin.
+
+    With two threads on two cores that other programs also use, the job was measured to run seven times slower.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _device_name(device: torch.device) -> str:

@@ -161,7 +161,9 @@ def meta_gradient(
             diffopt.step((meta.example_weights[index] * losses).mean())
         loss = F.cross_entropy(fmodel(digits.validation_images), digits.validation_labels)
         groups = meta.groups()
-        flat = list(torch.autograd.grad(loss, [tensor for tensors in groups.values() for tensor in tensors]))
+        tensors_of_all = [tensor for tensors in groups.values() for tensor in tensors]
+        # A run of one step never uses the momentum: its gradient is zero then.
+        flat = list(torch.autograd.grad(loss, tensors_of_all, materialize_grads=True))
     gradients = {name: [flat.pop(0) for _ in tensors] for name, tensors in groups.items()}
     value = loss.item()  # waits for the device, so that the time is the whole time
     return MetaGradient(value, gradients, diffopt.report.as_dict(), time.perf_counter() - start)

@@ -40,10 +40,14 @@ def _draw_memory(axes: Axes, comparison: Comparison, checkpoint_every: int) -> N
     steps = comparison.memory_steps
     axes.plot(steps[: len(unrolled)], unrolled, "o-", color=_ORANGE, label="full unroll")
     axes.plot(steps, checkpointed, "s-", color=_BLUE, label=f"checkpoint_every={checkpoint_every}")
-    if len(unrolled) < len(steps):
-        per_step = comparison.unrolled_peak / comparison.steps / _MEGABYTE
-        ahead = [comparison.steps, steps[-1]]
-        axes.plot(ahead, [per_step * x for x in ahead], "--", color=_ORANGE, label="full unroll, extrapolated")
+    ends = [(steps[len(unrolled) - 1], unrolled[-1], _ORANGE), (steps[-1], checkpointed[-1], _BLUE)]
+    if comparison.steps < steps[-1]:
+        ahead = unrolled[-1] / comparison.steps * steps[-1]
+        axes.plot([comparison.steps, steps[-1]], [unrolled[-1], ahead], "--", color=_ORANGE, label="extrapolated")
+    for x, y, color in ends:
+        axes.annotate(
+            f"{y:,.1f} MB", (x, y), xytext=(-8, 6), textcoords="offset points", ha="right", color=color, fontsize=10
+        )
     times = comparison.unrolled_peak / comparison.checkpointed_peak
     axes.set_title(f"The same gradient in {times:.0f} times less memory ({comparison.steps:,} steps)", fontsize=11)
     axes.set_xlabel("inner steps")
@@ -64,8 +68,8 @@ def _draw_weights(axes: Axes, weights: torch.Tensor, corrupted: torch.Tensor, de
         axes.hist(group.tolist(), bins=edges, histtype="stepfilled", alpha=0.55, color=color, label=label)
     axes.axvline(FIRST_WEIGHT, color=_GREY, linestyle=":", linewidth=1.2)
     axes.annotate(
-        "all begin here", (FIRST_WEIGHT, 0.98), xycoords=("data", "axes fraction"), xytext=(4, 0),
-        textcoords="offset points", va="top", color=_GREY, fontsize=9,
+        "all begin here", (FIRST_WEIGHT, 0.96), xycoords=("data", "axes fraction"), xytext=(-5, 0),
+        textcoords="offset points", ha="right", va="top", color=_GREY, fontsize=9,
     )  # fmt: skip
     axes.set_title(f"Learned example weights find the wrong labels (AUC {detection.auc:.3f})", fontsize=11)
     axes.set_xlabel("weight of the training example")

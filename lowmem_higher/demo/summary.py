@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from lowmem_higher.demo import data
 from lowmem_higher.demo.accuracy import Accuracy
 from lowmem_higher.demo.comparison import Comparison
@@ -28,17 +26,19 @@ class Result:
     detection: Detection
     history: list[OuterStep]
     comparison: Comparison
+    test_examples: int
     seconds: float
 
 
 def introduction(options: Options) -> str:
     """What is about to happen."""
     return (
-        f"{data.TRAIN_EXAMPLES} handwritten digits, of which {data.CORRUPTED_SHARE:.0%} carry a wrong label. Which?\n"
-        f"The loss on {data.VALIDATION_EXAMPLES} clean digits is differentiated through all {options.steps:,} training "
-        "steps,\n"
-        f"in {options.outer_steps} outer steps, keeping the state of the training every {options.checkpoint_every} "
-        "steps instead of every graph.\n"
+        f"{data.TRAIN_EXAMPLES} handwritten digits, {100 * data.CORRUPTED_SHARE:.0f} % of them with a wrong label. "
+        "Which ones?\n"
+        f"Outer steps: {options.outer_steps}. Each trains a net for {options.steps:,} steps and differentiates its loss "
+        f"on {data.VALIDATION_EXAMPLES} clean digits\n"
+        "through all of them, exactly. Instead of every step's graph it keeps the state of the training every "
+        f"{options.checkpoint_every} steps.\n"
     )
 
 
@@ -48,7 +48,7 @@ def page(result: Result, picture: Path, numbers: Path) -> str:
     last, validation = result.history[-1], data.VALIDATION_EXAMPLES
     lines = [
         "",
-        "Accuracy on test digits (mean of 3 runs)",
+        f"Accuracy on {result.test_examples} test digits (mean of 3 runs)",
         _row("before: trained on the noisy labels", _percent(accuracy.noisy)),
         _row("after:  the same, with all that was learned", _percent(accuracy.meta_learned)),
         _row(f"for comparison: noisy labels and the {validation} clean ones", _percent(accuracy.noisy_and_validation)),
@@ -85,13 +85,13 @@ def _comparison_lines(comparison: Comparison, options: Options) -> list[str]:
         ),
         _columns(
             "seconds", f"{comparison.unrolled_seconds:.2f}", f"{comparison.checkpointed_seconds:.2f}",
-            f"{slower:.2f} times",
+            f"{slower:.1f} times as long",
         ),
         _columns("first-order runs of a step", f"{unrolled['first_order_runs']:,}",
                  f"{checkpointed['first_order_runs']:,}", f"at most 2 x {comparison.steps:,}"),
         _columns("second-order runs of a step", f"{unrolled['second_order_runs']:,}",
                  f"{checkpointed['second_order_runs']:,}"),
-        _row("largest relative difference of the gradients (float64)", f"{largest_difference(comparison):.1e}"),
+        _row("largest relative difference of the gradients (float64)", _difference(comparison)),
     ]  # fmt: skip
     if comparison.steps < options.steps:
         lines.append(f"  (the full unroll does not fit beyond {comparison.steps:,} steps; checkpoints went on to "
@@ -113,13 +113,14 @@ def as_dict(result: Result, device_name: str) -> dict[str, object]:
             "platform": platform.platform(),
             "device": device_name,
             "dtype": str(DTYPE).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
+            "threads": 1,
             **{name: _version(name) for name in ("lowmem_higher", "torch", "scikit-learn", "numpy", "matplotlib")},
         },
         "options": options,
         "data": {
             "train": data.TRAIN_EXAMPLES,
             "validation": data.VALIDATION_EXAMPLES,
+            "test": result.test_examples,
             "corrupted": result.detection.corrupted,
         },
         "accuracy": asdict(result.accuracy),
@@ -149,6 +150,11 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:  # run from a checkout that is not installed
         return None
+
+
+def _difference(comparison: Comparison) -> str:
+    largest = largest_difference(comparison)
+    return f"{largest:.1e}" if largest else "0 (same bits)"
 
 
 def _row(label: str, value: str) -> str:

@@ -26,6 +26,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lowmem_higher.report import Report
 
+_JOINED_UP_TO = 1 << 14  # elements
+
 ParamState = Mapping[str, Any]
 State = list[dict[int, dict[str, Any]]]
 Group = dict[str, Any]
@@ -142,8 +144,8 @@ class DifferentiableOptimizer:
     ) -> tuple[list[Tensor], State]:
         """Apply the rule to every parameter that has a gradient; the others stay the same objects.
 
-        An elementwise rule runs once on many parameters, joined into one vector: a model has tens of small tensors, and
-        the cost of a call, ten times that of its arithmetic, is the same for each.
+        An elementwise rule runs once on many small parameters, joined into one vector: the cost of a call is the same
+        for each tensor, and for a small one is many times that of its arithmetic. Large ones are not worth the copy.
         """
         new_params, new_state = list(params), [dict(group_state) for group_state in state]
         for group, indices, old_state, entries in zip(groups, self._group_to_param_list, state, new_state, strict=True):
@@ -164,9 +166,13 @@ class DifferentiableOptimizer:
         batches: dict[Any, list[int]] = {}
         for position, index in enumerate(indices):
             if grads[index] is not None:
-                param, entry = params[index], state.get(position, {})
-                numbers = [(key, None if isinstance(value, Tensor) else value) for key, value in entry.items()]
-                alike = (param.dtype, param.device, *numbers) if self.elementwise else position
+                param, alike = params[index], position
+                if self.elementwise and param.numel() <= _JOINED_UP_TO:
+                    numbers = [
+                        (key, None if isinstance(value, Tensor) else value)
+                        for key, value in state.get(position, {}).items()
+                    ]
+                    alike = (param.dtype, param.device, *numbers)
                 batches.setdefault(alike, []).append(position)
         return list(batches.values())
 
@@ -324,7 +330,9 @@ class DifferentiableOptimizer:
         return f"{type(self).__name__}({len(shown)} parameter group(s), {shown})"
 
 
-def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> list[Tensor | None]:
+def gradients(
+    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool = True
+) -> list[Tensor | None]:
     """The gradient of `loss` for each parameter that requires grad, None for frozen and for unused ones.
 
     Raises:
@@ -332,7 +340,7 @@ def gradients(loss: Tensor, params: Sequence[Tensor], *, create_graph: bool) -> 
     """
     wanted = [index for index, param in enumerate(params) if param.requires_grad]
     found = torch.autograd.grad(
-        loss, [params[index] for index in wanted], create_graph=create_graph, retain_graph=True, allow_unused=True
+        loss, [params[index] for index in wanted], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
     ) if wanted else ()
     grads: list[Tensor | None] = [None] * len(params)
     for index, grad in zip(wanted, found, strict=True):
