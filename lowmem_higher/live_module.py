@@ -25,8 +25,8 @@ from lowmem_higher.patch import (
     copy_structure,
     functional_class,
 )
-from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
 from lowmem_higher.recompute import FixedWeights, follow, follow_view
+from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
 from lowmem_higher.replay_state import ModuleState, capture_rng, same_rng, structure_of
 from lowmem_higher.structure import flatten, tensors_in
 from lowmem_higher.watch import Watcher
@@ -55,7 +55,7 @@ class Twin:
         stand_ins: dict[int, Tensor],
         leaves: list[Any],
     ) -> tuple[Any, tuple[Tensor | None, ...]]:
-        """Call a submodule, or a function of the model, as it was called then; returns the result and the new buffers."""
+        """Call a submodule, or a function of the model, as it was called then; returns also the new buffers."""
         own_buffers = copied(buffers)
         given = [*weights, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
         watcher = Watcher(given, stand_ins)
@@ -120,7 +120,12 @@ class LiveModule:
         return self.recorder.inside
 
     def call_module(
-        self, fmodel: FunctionalModule, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        fmodel: FunctionalModule,
+        path: str,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run a submodule of the fmodel and record the call as one node, unless it is part of such a call."""
         if self.recorder.inside:
@@ -166,8 +171,8 @@ class LiveModule:
     def _check_structure(self, modules: list[nn.Module]) -> None:
         if structure_of(modules) != self._structure:
             raise RecordError(
-                "A submodule was added, replaced or removed, or a hook was registered, after the context was entered, and "
-                "a replay would not have it. Do it on the model, before innerloop_ctx(...)."
+                "A submodule was added, replaced or removed, or a hook was registered, after the context was entered, "
+                "and a replay would not have it. Do it on the model, before innerloop_ctx(...)."
             )
 
     def current_buffers(self, fmodel: FunctionalModule) -> BufferState:

@@ -1,9 +1,9 @@
 """fmodel: a functional view of a module, whose parameters are the fast weights of the inner loop.
 
-The view is a copy of the module's *structure*: the submodules are new objects, and where they held parameters they now
-hold the current fast weights, plain tensors with a graph. Every way to reach a weight (`fmodel(x)`, `fmodel.encoder(x)`,
-`fmodel.encoder.weight`) therefore reads the current one. The view keeps the history of the weights by *time*, the number
-of updates so far; a `Past` entry stands for weights that are recomputed on request.
+The view is a copy of the module's *structure*: the submodules are new objects, and where they held parameters they
+now hold the current fast weights, plain tensors with a graph. Every way to reach a weight (`fmodel(x)`,
+`fmodel.encoder(x)`, `fmodel.encoder.weight`) therefore reads the current one. The view keeps the history of the
+weights by *time*, the number of updates so far; a `Past` entry stands for weights that are recomputed on request.
 
 `FunctionalView` is the book-keeping behind an fmodel; `make_functional_copy` builds both.
 """
@@ -49,7 +49,12 @@ class ModuleCaller(Protocol):
         """Whether a recorded call is running now."""
 
     def call_module(
-        self, fmodel: FunctionalModule, path: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        fmodel: FunctionalModule,
+        path: str,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """Run the submodule at `path` of `fmodel` and record the call as one node."""
 
@@ -62,7 +67,7 @@ class FunctionalView:
         self.token = object()
         self.track = track
         self.caller: ModuleCaller | None = None
-        self.around_call: Callable[[FunctionalView], AbstractContextManager[None]] = contextlib.nullcontext
+        self.around_call: Callable[[FunctionalView], AbstractContextManager[None]] = _nothing_around
         self.history: list[list[Tensor] | Past] = []
         self.current: list[Tensor] = []
         self.append(weights)
@@ -88,11 +93,15 @@ class FunctionalView:
             )
         if not self.track:
             if time not in (-1, 0):
-                raise ValueError(f"time={time} was asked for, but track_higher_grads=False keeps only the current weights.")
+                raise ValueError(
+                    f"time={time} was asked for, but track_higher_grads=False keeps only the current weights."
+                )
             return self.current
         times = len(self.history)
         if not -times <= time < times:
-            raise IndexError(f"time={time} is out of range: this fmodel has the times 0 to {times - 1} (or -{times} to -1).")
+            raise IndexError(
+                f"time={time} is out of range: this fmodel has the times 0 to {times - 1} (or -{times} to -1)."
+            )
         if time % times == times - 1:
             return self.current
         found: dict[int, Tensor] = {}
@@ -104,6 +113,10 @@ class FunctionalView:
             if len(found) == len(self.slots):
                 break
         return [found[index] for index in range(len(self.slots))]
+
+
+def _nothing_around(view: FunctionalView) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 class ParameterSlots:
@@ -142,8 +155,8 @@ class ParameterSlots:
         for slots, weight in zip(self.params, weights, strict=True):
             for module, name in slots:
                 _alive(module)._parameters[name] = cast(nn.Parameter, weight)
-        for module in map(_alive, self.recurrent):  # RNNs read their weights through a list of their own
-            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+        for recurrent in map(_alive, self.recurrent):  # RNNs read their weights through a list of their own
+            recurrent._flat_weights = [getattr(recurrent, name, None) for name in recurrent._flat_weights_names]
 
     def read_buffers(self) -> list[Tensor | None]:
         """The buffers that sit in the module now; None where one is registered but not set."""
@@ -188,7 +201,7 @@ _replayed = _Replayed()
 
 @contextmanager
 def replayed_weights(token: object, weights: list[Tensor]) -> Iterator[None]:
-    """Let `fmodel.parameters()` give these weights inside the block: a replayed callback reads those of its own step."""
+    """Let `fmodel.parameters()` give these weights inside the block: a replayed callback reads those of its step."""
     before = dict(_replayed.weights)
     _replayed.weights[token] = weights
     try:
@@ -244,7 +257,9 @@ class FunctionalModule(nn.Module):
         """
         view = self.__dict__.get("_view")
         if view is None and time is not None:
-            raise RecordError("Past weights cannot be asked for in a replay: ask in the loop, and pass them as an argument.")
+            raise RecordError(
+                "Past weights cannot be asked for in a replay: ask in the loop, and pass them as an argument."
+            )
         return super().parameters(recurse) if view is None or not recurse else iter(view.at(time))
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
@@ -252,7 +267,7 @@ class FunctionalModule(nn.Module):
         """The current fast weights with their names in the model."""
         view = self.__dict__.get("_view")
         replayed = None if view is None else _replayed.weights.get(view.token)
-        if replayed is None:
+        if view is None or replayed is None:
             return super().named_parameters(*args, **kwargs)
         return iter(zip(view.slots.names, replayed, strict=True))
 
@@ -399,14 +414,26 @@ def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> N
             module.__class__ = _routed_class(type(module))
 
 
-@functools.cache
+_classes: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
+
+
 def functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
     """The class of the fmodels of a class of models: a subclass of it, and of `FunctionalModule`."""
-    return type(f"Functional{model_type.__name__}", (FunctionalModule, model_type), {"__module__": model_type.__module__})
+    key = ("functional", model_type)
+    if key not in _classes:
+        names = {"__module__": model_type.__module__}
+        _classes[key] = type(f"Functional{model_type.__name__}", (FunctionalModule, model_type), names)
+    return _classes[key]
 
 
-@functools.cache
 def _routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
+    key = ("routed", module_type)
+    if key not in _classes:
+        _classes[key] = _make_routed_class(module_type)
+    return _classes[key]
+
+
+def _make_routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(module_type.__call__, self)
         fmodel, path = self.__dict__.get("_call_through", (None, ""))  # a slice of a container is built without it

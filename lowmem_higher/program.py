@@ -27,7 +27,6 @@ from lowmem_higher.record import BufferState, FunctionApply, Node, Overwritten, 
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
 from lowmem_higher.structure import Leaf, Structure, tensors_in, unflatten
 
-
 Buffers = tuple[Tensor | None, ...]
 
 
@@ -35,7 +34,7 @@ class Ref(NamedTuple):
     """Where a value of a program comes from; see NOTE [ Programs and records ]."""
 
     kind: str
-    index: int
+    at: int
     output: int = 0
 
 
@@ -54,23 +53,21 @@ class Instruction:
 
 @dataclass(frozen=True)
 class StepProgram:
-    """What leads from a carry to the loss. `buffers` says where the next carry's buffers come from, None if unchanged."""
+    """What leads from a carry to the loss; `buffers` are those of the next carry, None if they stay."""
 
     instructions: tuple[Instruction, ...]
     loss: Ref
     buffers: tuple[Ref, ...] | None
 
-    def run(
-        self, weights: Sequence[Tensor], buffers: Buffers, inputs: StepInputs
-    ) -> tuple[Tensor, Buffers]:
+    def run(self, weights: Sequence[Tensor], buffers: Buffers, inputs: StepInputs) -> tuple[Tensor, Buffers]:
         """Compute the loss, and the buffers after it, from other weights and buffers."""
         results: list[tuple[list[Tensor], list[Any], Buffers]] = []
         values: dict[str, Callable[[Ref], Any]] = {
-            "weight": lambda ref: weights[ref.index],
-            "external": lambda ref: inputs.externals[ref.index],
-            "number": lambda ref: _fresh(inputs.numbers[ref.index]),
-            "made": lambda ref: results[ref.index][0 if ref.output >= 0 else 1][_position(ref.output)],
-            "buffers": lambda ref: results[ref.index][2][ref.output],
+            "weight": lambda ref: weights[ref.at],
+            "external": lambda ref: inputs.externals[ref.at],
+            "number": lambda ref: _fresh(inputs.numbers[ref.at]),
+            "made": lambda ref: results[ref.at][0 if ref.output >= 0 else 1][_position(ref.output)],
+            "buffers": lambda ref: results[ref.at][2][ref.output],
             "none": lambda ref: None,
         }
         now = Ambient.capture()
@@ -89,7 +86,7 @@ class StepProgram:
                         weights=weights if own[0] is None else [values[ref.kind](ref) for ref in own[0]],
                         buffers=buffers if own[1] is None else [values[ref.kind](ref) for ref in own[1]],
                         state=state,
-                        stand_ins={id(inputs.originals[ref.index]): values[ref.kind](ref) for ref in instruction.found},
+                        stand_ins={id(inputs.originals[ref.at]): values[ref.kind](ref) for ref in instruction.found},
                         leaves=leaves,
                     )
                 else:
@@ -102,19 +99,21 @@ class StepProgram:
     def __str__(self) -> str:
         """The program as code that a person can read."""
         refs = [self.loss, *(ref for instruction in self.instructions for ref in instruction.refs)]
-        several = {ref.index for ref in refs if ref.kind == "made" and ref.output > 0}
+        several = {ref.at for ref in refs if ref.kind == "made" and ref.output > 0}
 
         def name(ref: Ref) -> str:
             if ref.kind != "made":
-                return f"{ref.kind}s[{ref.index}]"
+                return f"{ref.kind}s[{ref.at}]"
             if ref.output < 0:  # what the call wrote into keeps its name
-                return name(self.instructions[ref.index].refs[-1 - ref.output])
-            return f"v{ref.index}[{ref.output}]" if ref.index in several else f"v{ref.index}"
+                return name(self.instructions[ref.at].refs[-1 - ref.output])
+            return f"v{ref.at}[{ref.output}]" if ref.at in several else f"v{ref.at}"
 
         lines = ["def step_program(weights, externals, numbers):"]
         for position, instruction in enumerate(self.instructions):
             args, kwargs = unflatten(instruction.structure, (_Name(name(ref)) for ref in instruction.refs))
-            parts = [repr(arg) for arg in args] + [f"{key}={value!r}" for key, value in kwargs.items() if value is not None]
+            parts = [repr(arg) for arg in args] + [
+                f"{key}={value!r}" for key, value in kwargs.items() if value is not None
+            ]
             notes = [] if instruction.ambient.grad_enabled else ["no_grad"]
             notes += [f"also reads {', '.join(map(name, instruction.found))}"] if instruction.found else []
             comment = f"  # {'; '.join(notes)}" if notes else ""
@@ -199,7 +198,7 @@ def cut(
         link, later_write = recorder.link(loss)
         if link is None or link.node.index < window:
             raise unseen_error(loss, "The loss")
-        roots, loss_made = [link.node, *([later_write] if later_write else [])], (link.node, link.index)
+        roots, loss_made = [link.node, *([later_write] if later_write else [])], (link.node, link.output)
     else:
         roots, loss_made = [node], (node, 0)
     weight_index = {id(weight): index for index, weight in enumerate(weights)}
@@ -208,9 +207,9 @@ def cut(
     hooked = [leaf for made in nodes for leaf in made.leaves if isinstance(leaf, Tensor) and recorder.hooked(leaf)]
     if recorder.hooked(loss) or any(map(recorder.hooked, weights)) or any(leaf.grad_fn is not None for leaf in hooked):
         raise RecordError(
-            "A hook was registered (register_hook) on a fast weight, or on a tensor that leads to the loss, and a replay "
-            "would not call it. Change gradients with grad_callback, or take the step as diffopt.step(fn, *args) with "
-            "the hook registered inside fn."
+            "A hook was registered (register_hook) on a fast weight, or on a tensor that leads to the loss, "
+            "and a replay would not call it. Change gradients with grad_callback, or take the step as "
+            "diffopt.step(fn, *args) with the hook registered inside fn."
         )
     numbers: list[Any] = []
 
@@ -241,7 +240,9 @@ def cut(
             Ref("none", 0) if tensor is None else externals.ref(tensor, version_of(tensor)) for tensor in state.tensors
         )
 
-    instructions, states, targets = [], [], {}
+    instructions: list[Instruction] = []
+    states: list[ModuleState | None] = []
+    targets: dict[int, Any] = {}
     for index, made in enumerate(nodes):
         refs = tuple([
             leaf_ref(*leaf) for leaf in zip(made.leaves, made.links, made.versions, strict=True)
@@ -299,7 +300,7 @@ def check_dependence(
     since: int,
     made_inside: Callable[[Tensor], bool] | None,
 ) -> None:
-    """Rule R9: nothing that a step reads from outside may depend on its fast weights unseen; rule R6: nothing is missed.
+    """Rules R9 and R6: nothing read from outside depends on the fast weights unseen, and no input is missed.
 
     Args:
         loss: The loss.
@@ -314,9 +315,9 @@ def check_dependence(
     """
     edges = {_edge(weight) for weight in weights if weight.requires_grad}
     for external in externals:
-        if external.requires_grad and (sequence_nr(external) or -1) >= since:
-            if _boundary(external, since, edges)[1]:
-                raise unseen_error(external, "A tensor that the loss is made from")
+        recent = external.requires_grad and (sequence_nr(external) or -1) >= since
+        if recent and _boundary(external, since, edges)[1]:
+            raise unseen_error(external, "A tensor that the loss is made from")
     if made_inside is not None:
         known = edges | {_edge(external) for external in externals if external.requires_grad}
         for leaf in _boundary(loss, since, known)[0]:
@@ -366,9 +367,9 @@ def unseen_error(tensor: Tensor, what: str) -> RecordError:
     """Rule R9: how a tensor was made was not seen."""
     made_by = "an operation" if tensor.grad_fn is None else tensor.grad_fn.name()
     return RecordError(
-        f"{what} (shape {tuple(tensor.shape)}, made by {made_by}) depends on the current fast weights in a way that the "
-        "recorder did not see: through torch.func or vmap, a C++ extension, an attribute set inside forward, or a call "
-        "made before the last step or outside the context. Let the engine call your code itself: write it as a "
+        f"{what} (shape {tuple(tensor.shape)}, made by {made_by}) depends on the current fast weights in a way that "
+        "the recorder did not see: through torch.func or vmap, a C++ extension, an attribute set inside forward, or a "
+        "call made before the last step or outside the context. Let the engine call your code itself: write it as a "
         "function, def inner_loss(fmodel, *args): ..., and take diffopt.step(inner_loss, *args)."
     )
 

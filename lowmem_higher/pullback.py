@@ -49,7 +49,9 @@ class StepNode(torch.autograd.Function):
     """The place of one step in the user's graph."""
 
     @staticmethod
-    def forward(ctx: Any, carries: Carries, record: StepRecord, outputs: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, carries: Carries, record: StepRecord, outputs: list[Tensor], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         """Put the outputs, which are computed already, into the graph."""
         ctx.set_materialize_grads(False)
         ctx.carries, ctx.record = carries, record
@@ -83,7 +85,9 @@ def freed_error() -> HistoryFreedError:
     )
 
 
-def attach(carries: Carries, record: StepRecord, outputs: list[Tensor], inputs: list[Tensor]) -> tuple[tuple[Tensor, ...], PastWeights]:
+def attach(
+    carries: Carries, record: StepRecord, outputs: list[Tensor], inputs: list[Tensor]
+) -> tuple[tuple[Tensor, ...], PastWeights]:
     """Put a step into the graph; returns its outputs with their place in the graph, and the weights of its time."""
     counter = itertools.count()
     recompute = functools.partial(_weight_after, carries, record)

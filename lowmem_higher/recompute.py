@@ -1,8 +1,8 @@
 """Rule R7: `torch.utils.checkpoint` in the user's code recomputes with the weights of then, not of now.
 
-A checkpointed block runs again during backward. The fmodel then holds the weights of another time, and a replay's twin
-holds none. So every function handed to `checkpoint` while a model is bound here is wrapped: its recomputation first puts
-the weights of then in place, and copies of the buffers of then, so that no statistic is counted twice.
+A checkpointed block runs again during backward. The fmodel then holds the weights of another time, and a replay's
+twin holds none. So every function handed to `checkpoint` while a model is bound here is wrapped: its recomputation
+first puts the weights of then in place, and copies of the buffers of then, so that no statistic is counted twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class FixedWeights:
     """
 
     def __init__(
-        self, slots: ParameterSlots, weights: Sequence[Tensor], around: Callable[[], AbstractContextManager[Any]] | None = None
+        self,
+        slots: ParameterSlots,
+        weights: Sequence[Tensor],
+        around: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._slots, self._weights, self._around = slots, weights, around
 

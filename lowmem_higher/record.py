@@ -68,10 +68,10 @@ class Overwritten:
 
 
 class Link(NamedTuple):
-    """How a tensor was made: output `index` of `node`, or, if negative, its leaf `-1 - index` after a write into it."""
+    """How a tensor was made: `output` of `node`, or, if negative, its leaf `-1 - index` after a write into it."""
 
     node: Node
-    index: int
+    output: int
     version: int
     sequence_nr: int | None
 
@@ -82,7 +82,9 @@ class Node:
     __slots__ = ("__weakref__", "after", "ambient", "call", "index", "inside", "leaves", "links", "rng", "structure",
                  "versions", "weight")  # fmt: skip
 
-    def __init__(self, index: int, call: Any, structure: Structure, leaves: list[Any], inside: Inside | None = None) -> None:
+    def __init__(
+        self, index: int, call: Any, structure: Structure, leaves: list[Any], inside: Inside | None = None
+    ) -> None:
         self.index = index
         self.call = call
         self.structure = structure
@@ -103,6 +105,7 @@ class FunctionApply:
     function: Any
 
     def __call__(self, *args: Any) -> Any:
+        """Apply the function, with its own backward."""
         return self.function.apply(*args)
 
     @property
@@ -136,7 +139,7 @@ class Recorder(TorchFunctionMode):
         """A checkpointed context opens: the first one starts the recording."""
         if self._contexts == 0:
             intercepted_apply.push(self._apply)
-            self.__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         self._contexts += 1
 
     def leave(self, window: object) -> None:
@@ -259,7 +262,7 @@ class Recorder(TorchFunctionMode):
                 node.versions[position] = version_of(leaf)
                 link, after = self.link(leaf)
                 if link is not None:
-                    node.links[position] = (link.node, link.index)
+                    node.links[position] = (link.node, link.output)
                     node.weight += link.node.weight
                 if after is not None:
                     node.after.append(after)
@@ -298,8 +301,8 @@ class Recorder(TorchFunctionMode):
                 self._made.pop(tensor)
                 self._written.pop(_base(tensor))
         small = _SMALL if node.rng is None else _SMALL_DRAW
-        for leaf, link in zip(node.leaves, node.links, strict=True):
-            if link is not None and isinstance(leaf, Tensor):
+        for leaf, made in zip(node.leaves, node.links, strict=True):
+            if made is not None and isinstance(leaf, Tensor):
                 small = max(small, leaf.nbytes - 1)
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
@@ -403,22 +406,25 @@ def _changes_flags(func: Any, name: str) -> bool:
 def _may_write(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a call may write into its first tensor, by its name and arguments."""
     if name.startswith("__"):
-        return name == "__setitem__" or name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     return name.endswith("_") or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
 # Calls that never draw a random number, so that the generators need not be read around them.
 _DRAWS_NOTHING = frozenset(
-    """__getitem__ __setitem__ __add__ __radd__ __iadd__ __sub__ __rsub__ __mul__ __rmul__ __imul__ __truediv__
-    __rtruediv__ __itruediv__ __pow__ __rpow__ __neg__ __matmul__ __rmatmul__ __abs__ __eq__ __ne__ __lt__ __le__
-    __gt__ __ge__ __and__ __or__ __xor__ __invert__ __get__ __set__ add sub mul div true_divide pow neg abs square
-    sqrt rsqrt exp log log1p expm1 sin cos tanh sigmoid relu softplus softmax log_softmax logsumexp mean sum prod std
-    var norm max min amax amin argmax argmin sort topk cumsum clamp where sign add_ sub_ mul_ div_ copy_ clamp_ zero_
-    fill_ addcmul addcdiv lerp matmul mm bmm mv dot einsum outer linear conv1d conv2d conv3d cat stack chunk split
-    unbind reshape view view_as flatten unsqueeze squeeze transpose permute expand expand_as repeat narrow index_select
-    gather scatter masked_fill masked_select take t to float double half bfloat16 long int bool cpu cuda type type_as
-    contiguous clone detach detach_ requires_grad_ zeros ones full zeros_like ones_like full_like empty tensor as_tensor
-    arange linspace eye one_hot cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss
-    binary_cross_entropy binary_cross_entropy_with_logits kl_div cosine_similarity normalize pad interpolate
-    avg_pool2d max_pool2d layer_norm group_norm embedding grad""".split()
+    """
+    __abs__ __add__ __and__ __eq__ __ge__ __get__ __getitem__ __gt__ __iadd__ __imul__ __invert__
+    __itruediv__ __le__ __lt__ __matmul__ __mul__ __ne__ __neg__ __or__ __pow__ __radd__ __rmatmul__ __rmul__
+    __rpow__ __rsub__ __rtruediv__ __set__ __setitem__ __sub__ __truediv__ __xor__ abs add add_ addcdiv
+    addcmul amax amin arange argmax argmin as_tensor avg_pool2d bfloat16 binary_cross_entropy
+    binary_cross_entropy_with_logits bmm bool cat chunk clamp clamp_ clone contiguous conv1d conv2d conv3d
+    copy_ cos cosine_similarity cpu cross_entropy cuda cumsum detach detach_ div div_ dot double einsum
+    embedding empty exp expand expand_as expm1 eye fill_ flatten float full full_like gather grad group_norm
+    half huber_loss index_select int interpolate kl_div l1_loss layer_norm lerp linear linspace log log1p
+    log_softmax logsumexp long masked_fill masked_select matmul max max_pool2d mean min mm mse_loss mul mul_
+    mv narrow neg nll_loss norm normalize one_hot ones ones_like outer pad permute pow prod relu repeat
+    requires_grad_ reshape rsqrt scatter sigmoid sign sin smooth_l1_loss softmax softplus sort split sqrt
+    square squeeze stack std sub sub_ sum t take tanh tensor to topk transpose true_divide type type_as
+    unbind unsqueeze var view view_as where zero_ zeros zeros_like
+    """.split()  # noqa: SIM905  (a list of 200 strings, one a line, would hide the rest of the file)
 )

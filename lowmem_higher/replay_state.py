@@ -2,7 +2,7 @@
 
 Three kinds of state decide what a piece of code computes besides its arguments, and each has its own capture here:
 
-* `Ambient`: the switches of the thread (grad mode, autocast, back-end flags). Cheap to read, so every recorded call has one.
+* `Ambient`: the switches of the thread (grad mode, autocast, back-end flags). Cheap to read: every call has one.
 * random number generators: read around calls that may draw from them, kept only if they did.
 * `ModuleState`: the plain attributes of every submodule (`training`, a dropout rate, an adapter switched off).
 
@@ -11,7 +11,6 @@ Each is restored in a `with` block, so an exception leaves everything as it was 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -92,7 +91,7 @@ class Ambient:
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        # Autocast's cache of cast weights is kept out: a weight cast for one replay must not serve, or outlive, another.
+        # Autocast's cache of cast weights is kept out: a weight cast for one replay must not serve another.
         now = _read_switches()
         cache = torch.is_autocast_cache_enabled()
         try:
@@ -156,11 +155,15 @@ def _rng_restored(state: RngState) -> Iterator[None]:
 _MACHINERY = frozenset(nn.Module().__dict__) - {"training"}  # the tables that every module has
 
 
-@functools.cache
+_kinds: dict[type, str] = {}
+
+
 def _kind(kind: type) -> str:
-    if issubclass(kind, (bool, int, float, str, type(None))):
-        return "plain"
-    return "tensor" if issubclass(kind, Tensor) else "other"
+    known = _kinds.get(kind)
+    if known is None:
+        plain = issubclass(kind, (bool, int, float, str, type(None)))
+        known = _kinds[kind] = "plain" if plain else "tensor" if issubclass(kind, Tensor) else "other"
+    return known
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -60,8 +61,8 @@ class Report:
 
     def __repr__(self) -> str:
         return (
-            f"Report: {self.steps} steps; {self.first_order_runs} first-order and {self.second_order_runs} second-order "
-            f"runs\n  checkpoints: {self.checkpoints_held} held, {self.checkpoints_peak} at most, "
+            f"Report: {self.steps} steps; {self.first_order_runs} first-order and {self.second_order_runs} "
+            f"second-order runs\n  checkpoints: {self.checkpoints_held} held, {self.checkpoints_peak} at most, "
             f"{format_bytes(self.carry_bytes)} each; carries took {format_bytes(self.carries_peak_bytes)} at most\n"
             f"  externals: {format_bytes(self.externals_bytes)}\n"
             f"  seconds: {self.forward_seconds:.3f} in the loop, {self.backward_seconds:.3f} in replays and pullbacks"
@@ -77,8 +78,5 @@ def format_bytes(count: float) -> str:
     """
     if count < 1024:
         return f"{count:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        count /= 1024
-        if count < 1024:
-            break
-    return f"{count:.1f} {unit}"
+    exponent = min(int(math.log(count, 1024)), 3)
+    return f"{count / 1024**exponent:.1f} {('KiB', 'MiB', 'GiB')[exponent - 1]}"

@@ -50,7 +50,8 @@ class Carry:
             if version_of(tensor) != version:
                 raise ExternalModifiedError(
                     f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was "
-                    "modified in place after it was kept for the backward. Set new values with fmodel.update_params([...])."
+                    "modified in place after it was kept for the backward. Set new values with "
+                    "fmodel.update_params([...])."
                 )
 
 
@@ -68,7 +69,11 @@ def state_keys(state: State) -> list[StateKey]:
 def state_tensors(state: State) -> list[Tensor]:
     """The tensors of the optimizer state, in the order of `state_keys`."""
     return [
-        value for entries in state for entry in entries.values() for value in entry.values() if isinstance(value, Tensor)
+        value
+        for entries in state
+        for entry in entries.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
     ]
 
 
@@ -189,7 +194,7 @@ class StepRecord:
     def _call_back(
         self, callback: GradCallback, grads: Gradients, weights: list[Tensor], externals: list[Tensor]
     ) -> Gradients:
-        stand_ins = {id(self.externals[ref.index]): externals[ref.index] for ref in self.update.found}
+        stand_ins = {id(self.externals[ref.at]): externals[ref.at] for ref in self.update.found}
         watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)], stand_ins)
         with (
             torch.enable_grad(),
@@ -200,15 +205,15 @@ class StepRecord:
             used = callback(list(grads))
         if watcher.found:
             raise ReplayMismatchError(
-                f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that require grad and "
-                "that it did not read while your loop ran. Bind what it reads when it is made, for example with "
+                f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that require "
+                "grad and that it did not read while your loop ran. Bind what it reads when it is made, for example with "
                 "functools.partial(callback, tensor); inside it use fmodel.parameters() for the weights of its step."
             )
         return used
 
     def groups(self, externals: Sequence[Tensor]) -> list[Group]:
         """The hyperparameters of this step."""
-        leaves = (externals[ref.index] if ref.kind == "external" else self.numbers[ref.index] for ref in self.update.refs)
+        leaves = (externals[ref.at] if ref.kind == "external" else self.numbers[ref.at] for ref in self.update.refs)
         groups: list[Group] = unflatten(self.update.structure, leaves)
         return groups
 
@@ -250,8 +255,8 @@ def check_mark(record: StepRecord, found: Tensor) -> None:
     if len(found) == len(expected) and bool(((found - expected).abs() <= tolerance * (scale + 1e-30) * 10).all()):
         return
     raise ReplayMismatchError(
-        f"The replay up to step {record.time} does not end at the weights and optimizer state that your loop went on with: "
-        "the largest difference of a norm or sum is "
+        f"The replay up to step {record.time} does not end at the weights and optimizer state that your loop went on "
+        "with: the largest difference of a norm or sum is "
         f"{(found - expected).abs().max().item() if len(found) == len(expected) else float('nan'):.3g}. Likely causes: "
         "grad_callback reads something that changed since (bind it with functools.partial); fast weights or optimizer "
         "state were changed by other means than diffopt.step and fmodel.update_params; kernels that are not "
@@ -296,7 +301,9 @@ def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> Non
         if not bad.any():
             return
         worst = int(bad.nonzero()[0])
-        difference = f"{labels[worst]} was {expected[worst].item():.9g} in your loop and is {found[worst].item():.9g} now"
+        difference = (
+            f"{labels[worst]} was {expected[worst].item():.9g} in your loop and is {found[worst].item():.9g} now"
+        )
     else:
         difference = "other parameters have a gradient than in your loop"
     raise mismatch_error(record, difference)

@@ -40,9 +40,9 @@ Structure = Any  # nested tuples of constants and Leaf, hashable
 def flatten(value: Any, leaves: list[Any]) -> Structure:
     """Append the leaves of `value` to `leaves` and return its structure.
 
-    Tuples (named ones too), lists, dictionaries, slices and dataclasses are opened. Numbers are leaves rather than constants, so
-    that a step which differs only in a number has the same structure. An array is copied, since its owner may write
-    into it; any other object is a leaf by reference.
+    Tuples (named ones too), lists, dictionaries, slices and dataclasses are opened. Numbers are leaves rather than
+    constants, so that a step which differs only in a number has the same structure. An array is copied, since its
+    owner may write into it; any other object is a leaf by reference.
     """
     if isinstance(value, Tensor):
         leaves.append(value)

@@ -193,7 +193,9 @@ class Trajectory:
                 "`with innerloop_ctx(...)`, or as diffopt.step(fn, *args), which needs no recording."
             )
         if self._recorder.inside:
-            raise RecordError("A step was taken inside forward, or inside a function that the engine calls; take it in the loop.")
+            raise RecordError(
+                "A step was taken inside forward, or inside a function that the engine calls; take it in the loop."
+            )
         fmodel: FunctionalModule = optimizer._fmodel
         with self._recording():
             node = None
@@ -384,7 +386,9 @@ class Trajectory:
             state_in=tuple([key for key, leaf in before.items() if leaf.requires_grad]),
             externals_in=tuple([index for index, tensor in enumerate(externals) if tensor.requires_grad]),
             weights_out=tuple([index for index, weight in enumerate(weights) if weight is not new_weights[index]]),
-            state_out=tuple([key for key in state_keys(new_state) if before.get(key) is not state_leaf(new_state, key)]),
+            state_out=tuple(
+                [key for key in state_keys(new_state) if before.get(key) is not state_leaf(new_state, key)]
+            ),
         )
         return self._layouts.setdefault(layout, layout)
 
@@ -417,7 +421,7 @@ class Trajectory:
         return carry
 
     def weights_after(self, record: StepRecord) -> list[Tensor]:
-        """The fast weights that a step ended with; replayed, and held until the next step or backward of its segment."""
+        """The fast weights that a step ended with; replayed, and held until another segment is."""
         segment: Segment = record.segment
         with self._recorder.watching(None):
             self._working_on(segment)
@@ -465,7 +469,3 @@ class Trajectory:
         """The step was pulled back for the last time: if it was the newest, the next one starts from a kept carry."""
         if self._tail is record:
             self._tail = None
-
-
-
-

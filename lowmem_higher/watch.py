@@ -77,18 +77,22 @@ class Watcher(TorchFunctionMode):
                 else:
                     self._known.add(id(leaf))
                     self.found.append(leaf)
-        return unflatten(structure, iter(leaves))
+        known: tuple[Any, Any] = unflatten(structure, iter(leaves))
+        return known
 
     def _unknown(self, value: Any) -> bool:
         if isinstance(value, Tensor):
             if self._candidates and id(value) in self._candidates:
                 self.read.add(id(value))
-            return value.requires_grad and id(value) not in self._known and (
-                id(value) in self._stand_ins or _made_before(value, self._made_from)
+            return (
+                value.requires_grad
+                and id(value) not in self._known
+                and (id(value) in self._stand_ins or _made_before(value, self._made_from))
             )
         if isinstance(value, (tuple, list)):
-            return any([self._unknown(item) for item in value])
-        return isinstance(value, dict) and any([self._unknown(item) for item in value.values()])
+            unknown = [self._unknown(item) for item in value]  # each is looked at: reads are noted on the way
+            return any(unknown)
+        return isinstance(value, dict) and self._unknown(list(value.values()))
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -118,6 +122,6 @@ def _replacement(before: Any) -> Any:
     return classmethod(apply)
 
 
-# `TorchFunctionMode` does not see `autograd.Function.apply`. All ways to call it, also through an alias made earlier, end
-# in this base class.
+# `TorchFunctionMode` does not see `autograd.Function.apply`. All ways to call it, also through an alias made earlier,
+# end in this base class.
 intercepted_apply: Interception[ApplyHandler] = Interception(_SingleLevelFunction, "apply", _replacement)

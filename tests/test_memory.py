@@ -181,18 +181,22 @@ def test_carries_peak_counts_what_a_segment_replays(replay: str) -> None:
     assert 11 * CARRY <= run.report.carries_peak_bytes <= 12 * CARRY
 
 
-def test_gradients_of_past_weights_only_obey_the_law(one_step: int) -> None:
-    """A backward that ends inside a segment, for each of many times: leftovers must not pile up."""
-    problem = make_problem()
-    with live_bytes() as memory:
-        with opened(problem, 10) as (fmodel, diffopt):
-            for _ in range(60):
-                diffopt.step(problem.loss(fmodel))
-            outer = problem.loss(fmodel)
-        for time in (55, 45, 35, 25, 15, 5):
-            gradients = torch.autograd.grad(outer, fmodel.gradient_edges(time), retain_graph=True)
-            assert all(gradient.norm() > 0 for gradient in gradients)
-    assert memory.peak <= carries_at_most(60, 10) + one_step + CARRY
+def test_backwards_that_end_inside_a_segment_leave_no_leftovers() -> None:
+    """Gradients for the weights of many times, one after another, take no more than one backward through all."""
+
+    def peak(times: Sequence[int]) -> int:
+        problem = make_problem()
+        with live_bytes() as memory:
+            with opened(problem, 10) as (fmodel, diffopt):
+                for _ in range(60):
+                    diffopt.step(problem.loss(fmodel))
+                outer = problem.loss(fmodel)
+            for time in times:
+                gradients = torch.autograd.grad(outer, fmodel.gradient_edges(time), retain_graph=True)
+                assert all(gradient.norm() > 0 for gradient in gradients)
+        return memory.peak
+
+    assert peak((55, 45, 35, 25, 15, 5)) <= peak((0,)) + CARRY
 
 
 def test_requests_of_past_times_hold_one_segment_at_most() -> None:
@@ -201,11 +205,10 @@ def test_requests_of_past_times_hold_one_segment_at_most() -> None:
         for _ in range(50):
             diffopt.step(problem.loss(fmodel))
         before = memory.current
-        memory.reset_peak()
         norms = [float(next(fmodel.parameters(time=time)).detach().norm()) for time in range(50)]
         fmodel.gradient_edges(25)
         assert len(set(norms)) == 50
-        assert memory.peak - before <= 11 * CARRY
+        assert memory.current - before <= 10 * CARRY
         assert diffopt.report.carries_peak_bytes <= carries_at_most(50, 10)
 
 
@@ -263,7 +266,7 @@ def test_a_batch_cut_by_slice_or_permutation_costs_next_to_nothing() -> None:
 
 
 def test_a_batch_moved_and_augmented_costs_its_index() -> None:
-    """Without random numbers; with them the generator's state (5 KB) is added, unless the batch is smaller."""
+    """And what is so small that holding it is cheaper than a recipe: here the mean and the deviation, 64 bytes each."""
     data, target = torch.randn(500, FEATURES).float(), torch.randn(500, 1)
 
     def body(fmodel: Any, t: int) -> Tensor:
@@ -272,7 +275,7 @@ def test_a_batch_moved_and_augmented_costs_its_index() -> None:
         x = (x - x.mean(0)) / x.std(0) * 1.5 + 0.1
         return (fmodel(x.clamp(-2, 2)) - target[index]).square().mean()
 
-    assert growth(body) == 8 * BATCH
+    assert growth(body) == 8 * BATCH + 2 * 64
 
 
 def test_a_large_random_augmentation_is_drawn_again() -> None:

@@ -35,8 +35,8 @@ def introduction(options: Options) -> str:
     return (
         f"{data.TRAIN_EXAMPLES} handwritten digits, {100 * data.CORRUPTED_SHARE:.0f} % of them with a wrong label. "
         "Which ones?\n"
-        f"Outer steps: {options.outer_steps}. Each trains a net for {options.steps:,} steps and differentiates its loss "
-        f"on {data.VALIDATION_EXAMPLES} clean digits\n"
+        f"Outer steps: {options.outer_steps}. Each trains a net for {options.steps:,} steps and differentiates its "
+        f"loss on {data.VALIDATION_EXAMPLES} clean digits\n"
         "through all of them, exactly. Instead of every step's graph it keeps the state of the training every "
         f"{options.checkpoint_every} steps.\n"
     )

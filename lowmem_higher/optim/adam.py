@@ -18,8 +18,8 @@ class DifferentiableAdam(DifferentiableOptimizer):
     Example:
         >>> import torch, lowmem_higher as higher
         >>> net, beta2 = torch.nn.Linear(1, 1), torch.tensor(0.99, requires_grad=True)
-        >>> opt = torch.optim.Adam(net.parameters())
-        >>> with higher.innerloop_ctx(net, opt, override={"betas": [(0.9, beta2)]}, checkpoint_every=2) as (fnet, diffopt):
+        >>> opt, betas = torch.optim.Adam(net.parameters()), {"betas": [(0.9, beta2)]}
+        >>> with higher.innerloop_ctx(net, opt, override=betas, checkpoint_every=2) as (fnet, diffopt):
         ...     for x in (1.0, 2.0, 3.0):
         ...         _ = diffopt.step(fnet(torch.tensor([[x]])).square().sum())
         >>> torch.autograd.grad(fnet(torch.ones(1, 1)).sum(), beta2)[0].isfinite().item()

@@ -73,7 +73,8 @@ class DifferentiableOptimizer:
         fmodel: The functional model that receives the new fast weights.
         device: Where the copied state goes; `None` leaves it where it is.
         override: `{hyperparameter: [value]}` or one value per parameter group; tensors get gradients.
-        grad_callback: Called with the gradients of each step (None for frozen and unused parameters), returns those to use.
+        grad_callback: Called with the gradients of each step (None for frozen and unused parameters); returns those
+            to use.
         track_higher_grads: Whether steps record the graph that differentiates through them.
 
     Raises:
@@ -163,10 +164,11 @@ class DifferentiableOptimizer:
         self, params: Sequence[Tensor], grads: Gradients, indices: list[int], state: dict[int, dict[str, Any]]
     ) -> list[list[int]]:
         """The positions in a parameter group whose updates can be computed as one."""
-        batches: dict[Any, list[int]] = {}
+        batches: dict[tuple[Any, ...], list[int]] = {}
         for position, index in enumerate(indices):
             if grads[index] is not None:
-                param, alike = params[index], position
+                param = params[index]
+                alike: tuple[Any, ...] = (position,)
                 if self.elementwise and param.numel() <= _JOINED_UP_TO:
                     numbers = [
                         (key, None if isinstance(value, Tensor) else value)
@@ -274,7 +276,8 @@ class DifferentiableOptimizer:
             new_params, self.state = self.advance(params, grads, self.state, self.param_groups)
         if not track:
             new_params = [
-                new if new is old else new.detach().requires_grad_() for new, old in zip(new_params, params, strict=True)
+                new if new is old else new.detach().requires_grad_()
+                for new, old in zip(new_params, params, strict=True)
             ]
         self._fmodel.update_params(new_params)
         if self._run is not None:
@@ -339,9 +342,17 @@ def gradients(
         ValueError: `loss` depends on none of them.
     """
     wanted = [index for index, param in enumerate(params) if param.requires_grad]
-    found = torch.autograd.grad(
-        loss, [params[index] for index in wanted], create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
-    ) if wanted else ()
+    found = (
+        torch.autograd.grad(
+            loss,
+            [params[index] for index in wanted],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+        if wanted
+        else ()
+    )
     grads: list[Tensor | None] = [None] * len(params)
     for index, grad in zip(wanted, found, strict=True):
         grads[index] = grad
@@ -356,7 +367,9 @@ def gradients(
 def check_loss(loss: object) -> float:
     """The value of a loss; refuses what no step can be taken from: anything but a finite scalar tensor with a graph."""
     if not isinstance(loss, Tensor):
-        raise TypeError(f"step(loss) needs a scalar tensor or a function that returns one, and got {type(loss).__name__}.")
+        raise TypeError(
+            f"step(loss) needs a scalar tensor or a function that returns one, and got {type(loss).__name__}."
+        )
     if loss.numel() != 1:
         raise ValueError(f"The loss has shape {tuple(loss.shape)}; a step needs a scalar: diffopt.step(loss.mean()).")
     if not loss.requires_grad:
@@ -382,7 +395,8 @@ def safe_sqrt(x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.sqrt()
     positive = x > 0
-    return torch.where(positive, x, 1.0).sqrt() * positive
+    root: Tensor = torch.where(positive, x, 1.0).sqrt() * positive
+    return root
 
 
 def is_zero(value: Any) -> bool:
@@ -400,8 +414,8 @@ def descend(param: Tensor, direction: Tensor, rate: Any) -> Tensor:
 def lerp(old: Tensor, new: Tensor, weight_of_old: Any) -> Tensor:
     """`weight_of_old * old + (1 - weight_of_old) * new`: one step of a moving average."""
     if isinstance(weight_of_old, Tensor):
-        return weight_of_old * old + (1 - weight_of_old) * new
-    return (weight_of_old * old).add(new, alpha=1 - weight_of_old)
+        return old * weight_of_old + new * (1 - weight_of_old)
+    return (old * weight_of_old).add(new, alpha=1 - weight_of_old)
 
 
 def _as_scalar(value: Any) -> Any:
