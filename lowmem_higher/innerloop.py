@@ -69,7 +69,7 @@ class Unrolled:
     @property
     def report(self) -> Report:
         """What the run has cost so far."""
-        return self._ledger.report(externals_bytes=0)
+        return self._ledger.report()
 
 
 @contextmanager

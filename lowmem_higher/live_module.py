@@ -24,6 +24,7 @@ from lowmem_higher.patch import (
     copied,
     copy_structure,
     functional_class,
+    renew_buffers,
 )
 from lowmem_higher.recompute import FixedWeights, follow, follow_view
 from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
@@ -155,6 +156,7 @@ class LiveModule:
             inside = Inside(view.current, buffers, self._state, watcher.found, [])
             node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
             rng = capture_rng(recorder.devices)
+            renew_buffers(fmodel, view.slots)
         with recorder.watching(watcher), follow_view(view):
             out = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():

@@ -243,6 +243,7 @@ class FunctionalModule(nn.Module):
             return super().__call__(*args, **kwargs)
         if view.caller is not None:
             return view.caller.call_module(self, "", super().__call__, args, kwargs)
+        renew_buffers(self, view.slots)
         with view.around_call(view):
             return super().__call__(*args, **kwargs)
 
@@ -320,8 +321,21 @@ class FunctionalModule(nn.Module):
             super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        times = len(self._view.history)
+        view = self.__dict__.get("_view")
+        if view is None:
+            return super().__repr__()
+        times = len(view.history)
         return f"fmodel at time {times - 1} of\n{super().__repr__()}"
+
+
+def renew_buffers(root: nn.Module, slots: ParameterSlots) -> None:
+    """Put copies of the buffers in place before a call that may write into them.
+
+    The graph of an earlier call may have kept the old ones (batch_norm in eval mode does, and its backward would read
+    the newer statistics without a word), and a change shows by identity.
+    """
+    if slots.buffers and any(module.training for module in root.modules()):
+        slots.install_buffers(copied(slots.read_buffers()))
 
 
 def make_functional_copy(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.live_module import ModuleCall, describe
-from lowmem_higher.record import BufferState, FunctionApply, Node, Overwritten, Recorder, sequence_nr, version_of
+from lowmem_higher.record import BufferState, FunctionApply, Node, Overwritten, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
 from lowmem_higher.structure import Leaf, Structure, tensors_in, unflatten
 
@@ -315,9 +315,15 @@ def check_dependence(
     """
     edges = {_edge(weight) for weight in weights if weight.requires_grad}
     for external in externals:
-        recent = external.requires_grad and (sequence_nr(external) or -1) >= since
-        if recent and _boundary(external, since, edges)[1]:
+        if _made_since(external, since) and _boundary(external, since, edges)[1]:
             raise unseen_error(external, "A tensor that the loss is made from")
+    for weight in weights:
+        if _made_since(weight, since) and _boundary(weight, since, edges - {_edge(weight)})[1]:
+            raise RecordError(
+                f"A fast weight that was set by hand (shape {tuple(weight.shape)}) is a function of another one that "
+                "stayed as it was. The gradient for that one would count twice. Set all weights that take part: "
+                "fmodel.update_params([...]) with a new tensor, w.clone(), for each."
+            )
     if made_inside is not None:
         known = edges | {_edge(external) for external in externals if external.requires_grad}
         for leaf in _boundary(loss, since, known)[0]:
@@ -329,6 +335,11 @@ def check_dependence(
                 "was probably read by compiled or C++ code, from a closure or a global. Pass it to the model as an "
                 "argument, fmodel(x, tensor), or to the step, diffopt.step(fn, tensor)."
             )
+
+
+def _made_since(tensor: Tensor, since: int) -> bool:
+    """Whether a tensor's place in the graph is newer than a sequence number."""
+    return tensor.requires_grad and tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= since
 
 
 def _edge(tensor: Tensor) -> tuple[int, int]:

@@ -41,6 +41,9 @@ class Carries(Protocol):
     def pull_back(self, record: StepRecord, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of a step's inputs."""
 
+    def keep(self, carry: Carry) -> Carry:
+        """Count a carry that a replay holds."""
+
     def spent(self, record: StepRecord) -> None:
         """The step was pulled back for the last time."""
 
@@ -121,6 +124,7 @@ class StepGraph:
 
     inputs: list[Tensor]
     outputs: list[Tensor]
+    carry: Carry | None = None  # what the graph starts from, where it is held for it
 
     def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The vector-Jacobian product, once."""
@@ -242,7 +246,8 @@ class TorchReplay:
                 *state_inputs,
                 *(externals[index] for index in layout.externals_in),
             ]
-            record.segment.graphs[record.time] = StepGraph(inputs, outputs)
+            held = carries.keep(Carry([weight.detach() for weight in weights], plain_state, plain_buffers))
+            record.segment.graphs[record.time] = StepGraph(inputs, outputs, held)
             # The next step starts from new leaves: among its own outputs a step's weights depend on its momentum, and
             # a gradient for both must not pass from one to the other.
             leaves = [output.detach().requires_grad_() for output in outputs]

@@ -73,7 +73,7 @@ class Link(NamedTuple):
     node: Node
     output: int
     version: int
-    sequence_nr: int | None
+    leaf: bool
 
 
 class Node:
@@ -275,7 +275,7 @@ class Recorder(TorchFunctionMode):
         made = self._made.get(tensor)
         if made is None or made.node.index < self._horizon:
             return None, None
-        if made.version == version_of(tensor) and made.sequence_nr == sequence_nr(tensor):
+        if made.version == version_of(tensor) and made.leaf == tensor.is_leaf:
             return made, None
         written = self._written.get(_base(tensor))
         if written is not None and written.version == version_of(tensor) and written.node.index >= self._horizon:
@@ -291,13 +291,12 @@ class Recorder(TorchFunctionMode):
         for position in written or ():
             tensor = node.leaves[position]
             if tensor.requires_grad and node.links[position] is not None:
-                link = Link(node, -1 - position, version_of(tensor), sequence_nr(tensor))
+                link = Link(node, -1 - position, version_of(tensor), tensor.is_leaf)
                 self._made.set(tensor, link)
                 self._written.set(_base(tensor), link)
                 node.leaves[position] = Overwritten()  # the node must not hold what it made: it would live for ever
             else:
-                if node.links[position] is None:
-                    self._volatile.set(_base(tensor), True)
+                self._volatile.set(_base(tensor), True)
                 self._made.pop(tensor)
                 self._written.pop(_base(tensor))
         small = _SMALL if node.rng is None else _SMALL_DRAW
@@ -310,7 +309,7 @@ class Recorder(TorchFunctionMode):
             if id(tensor) in inputs or (tensor.requires_grad and tensor.grad_fn is None):
                 continue  # a leaf that requires grad is an input, whoever made it
             if tensor.requires_grad or (followed and tensor.nbytes > small):
-                self._made.set(tensor, Link(node, index, version_of(tensor), sequence_nr(tensor)))
+                self._made.set(tensor, Link(node, index, version_of(tensor), tensor.is_leaf))
 
     def _opaque(self, node: Node) -> bool:
         """Whether a node read what may change behind the recorder's back."""
@@ -331,7 +330,7 @@ class Recorder(TorchFunctionMode):
             with torch.no_grad():
                 before = target.clone()
             node = Node(next(self._indices), torch.clone, _ONE_TENSOR, [before])
-            self._made.set(target, Link(node, 0, version_of(target), None))
+            self._made.set(target, Link(node, 0, version_of(target), True))
 
 
 _ONE_TENSOR = flatten(((torch.empty(0),), {}), [])
@@ -352,11 +351,6 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return 0
-
-
-def sequence_nr(tensor: Tensor) -> int | None:
-    """When the tensor's place in the graph was made; None for a leaf."""
-    return None if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
 
 
 def _base(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
-from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, gradients
+from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State
 from lowmem_higher.patch import replayed_weights
 from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
@@ -157,6 +157,11 @@ class StepRecord:
     end_mark: Tensor | None
     segment: Any
     previous: StepRecord | None
+    release: Callable[[list[Tensor]], None]
+
+    def __del__(self) -> None:
+        """Count the externals off."""
+        self.release(self.externals)
 
     def stand_ins(self) -> list[Tensor]:
         """The externals, cut off from the user's graph where they have one, to collect their gradients apart."""
@@ -180,7 +185,7 @@ class StepRecord:
         with self.update.ambient.restored(Ambient.capture()):
             if self.loss is not None:
                 check_loss_value(self, loss)
-            grads: Gradients = gradients(loss, weights, create_graph=create_graph, retain_graph=create_graph)
+            grads: Gradients = self.rules.gradients(loss, weights, create_graph=create_graph, retain_graph=create_graph)
             if self.fingerprint is not None:
                 check_fingerprint(self, loss, grads)
             if self.callback is not None:
@@ -205,8 +210,8 @@ class StepRecord:
             used = callback(list(grads))
         if watcher.found:
             raise ReplayMismatchError(
-                f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that require "
-                "grad and that it did not read while your loop ran. Bind what it reads when it is made, for example with "
+                f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that "
+                "require grad and that it did not read while your loop ran. Bind what it reads when it is made, for example with "
                 "functools.partial(callback, tensor); inside it use fmodel.parameters() for the weights of its step."
             )
         return used

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.live_module import LiveModule
-from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, check_loss, gradients
+from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, check_loss
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_dependence, cut
 from lowmem_higher.pullback import NativeReplay, Replay, StepGraph, TorchReplay, attach
@@ -64,7 +64,9 @@ class Ledger:
         self.steps = self.first_order_runs = self.second_order_runs = 0
         self.checkpoints = self.checkpoints_peak = 0
         self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
+        self.externals_bytes = 0
         self.forward_seconds = self.backward_seconds = 0.0
+        self._storages: Counter[tuple[int, int]] = Counter()
 
     def keep(self, carry: Carry, *, checkpoint: bool) -> Carry:
         """Count a carry until it is freed."""
@@ -88,7 +90,24 @@ class Ledger:
         """Count a second-order run."""
         self.second_order_runs += 1
 
-    def report(self, externals_bytes: int) -> Report:
+    def hold(self, externals: list[Tensor]) -> None:
+        """Count the storages that a record refers to, each once."""
+        for storage in map(Tensor.untyped_storage, externals):
+            key = (storage.data_ptr(), storage.nbytes())
+            self._storages[key] += 1
+            if self._storages[key] == 1:
+                self.externals_bytes += storage.nbytes()
+
+    def release(self, externals: list[Tensor]) -> None:
+        """Count them off again."""
+        for storage in map(Tensor.untyped_storage, externals):
+            key = (storage.data_ptr(), storage.nbytes())
+            self._storages[key] -= 1
+            if self._storages[key] == 0:
+                del self._storages[key]
+                self.externals_bytes -= storage.nbytes()
+
+    def report(self) -> Report:
         """The counts as a value."""
         return Report(
             self.steps,
@@ -98,7 +117,7 @@ class Ledger:
             self.checkpoints_peak,
             self.carry_bytes,
             self.carries_peak_bytes,
-            externals_bytes,
+            self.externals_bytes,
             self.forward_seconds,
             self.backward_seconds,
         )
@@ -138,7 +157,6 @@ class Trajectory:
         self._layouts: dict[Layout, Layout] = {}
         self._updates: dict[Update, Update] = {}
         self._uses: Counter[StepProgram] = Counter()
-        self._records: list[weakref.ref[StepRecord]] = []
         self._tail: StepRecord | None = None
         # Weights and state as the last step left them: weakly, since they lead through the graph back to here.
         self._outputs: list[weakref.ref[Tensor]] = []
@@ -165,13 +183,7 @@ class Trajectory:
     @property
     def report(self) -> Report:
         """What the run has cost so far."""
-        storages: dict[int, int] = {}
-        for reference in self._records:
-            record = reference()
-            for tensor in record.externals if record is not None else ():
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return self.ledger.report(sum(storages.values()))
+        return self.ledger.report()
 
     def count_step(self) -> None:
         """The full unroll's way to count; this trajectory counts its own steps."""
@@ -230,8 +242,11 @@ class Trajectory:
 
         ambient = Ambient.capture()
         with torch._C._EnableTorchFunction():  # the backward may run the model's code again (rule R7)
-            grads: Gradients = gradients(loss, weights, create_graph=False)
+            grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
         mark = fingerprint(loss, grads) if checked else None
+        # An optimized weight without a gradient is no input of this step; as one, it would tie later steps to it.
+        held = {index for indices in self._rules._group_to_param_list for index in indices}
+        unused = {index for index in held if grads[index] is None}
         found: list[Tensor] = []
         callback_rng = None
         if callback is not None:
@@ -241,7 +256,8 @@ class Trajectory:
         with torch.no_grad():
             new_weights, new_state = optimizer.advance(weights, grads, state, optimizer.param_groups)
 
-        layout = self._layout(weights, new_weights, state, new_state, externals.tensors)
+        used = [weight.requires_grad and index not in unused for index, weight in enumerate(weights)]
+        layout = self._layout(weights, used, new_weights, state, new_state, externals.tensors)
         keep = not continues or self._tail is None or self._schedule.keeps(self.ledger.steps, self._tail.segment.start)
         segment = self._kept(weights, state) if keep else self._tail.segment  # type: ignore[union-attr]  # see keep
         record = StepRecord(
@@ -265,16 +281,17 @@ class Trajectory:
             end_mark=None,
             segment=segment,
             previous=None if keep else self._tail,
+            release=self.ledger.release,
         )
+        self.ledger.hold(record.externals)
         inputs = [
             *(weights[index] for index in layout.weights_in),
             *(state_leaf(state, key) for key in layout.state_in),
             *(externals.tensors[index] for index in layout.externals_in),
         ]
-        outputs = [
-            *(new_weights[index] for index in layout.weights_out),
-            *(state_leaf(new_state, key).detach() for key in layout.state_out),
-        ]
+        # Parts of a joined update share its storage; what the user gets are tensors of their own.
+        parts = [new_weights[i] for i in layout.weights_out] + [state_leaf(new_state, k) for k in layout.state_out]
+        outputs = [part.clone() if part._is_view() else part.detach() for part in parts]
         attached, past = attach(self, record, outputs, inputs)
         public = list(weights)
         for index, output in zip(layout.weights_out, attached, strict=False):
@@ -289,7 +306,6 @@ class Trajectory:
         self.program = program
         self._uses[program] += 1
         self._tail = record
-        self._records.append(weakref.ref(record))
         self._outputs = [weakref.ref(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
         self._versions = [version_of(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
         self._plain_state = plain_state(optimizer.state)
@@ -377,12 +393,18 @@ class Trajectory:
         return self._updates.setdefault(update, update)
 
     def _layout(
-        self, weights: list[Tensor], new_weights: list[Tensor], state: State, new_state: State, externals: list[Tensor]
+        self,
+        weights: list[Tensor],
+        used: list[bool],
+        new_weights: list[Tensor],
+        state: State,
+        new_state: State,
+        externals: list[Tensor],
     ) -> Layout:
         before = {key: state_leaf(state, key) for key in state_keys(state)}
         layout = Layout(
             trainable=tuple([weight.requires_grad for weight in weights]),
-            weights_in=tuple([index for index, weight in enumerate(weights) if weight.requires_grad]),
+            weights_in=tuple([index for index, taken in enumerate(used) if taken]),
             state_in=tuple([key for key, leaf in before.items() if leaf.requires_grad]),
             externals_in=tuple([index for index, tensor in enumerate(externals) if tensor.requires_grad]),
             weights_out=tuple([index for index, weight in enumerate(weights) if weight is not new_weights[index]]),
@@ -398,6 +420,10 @@ class Trajectory:
         return Segment(self.ledger.steps, self.ledger.keep(carry, checkpoint=True))
 
     # Handing out carries
+
+    def keep(self, carry: Carry) -> Carry:
+        """Count a carry that a replay holds."""
+        return self.ledger.keep(carry, checkpoint=False)
 
     def carry_before(self, record: StepRecord) -> Carry:
         """The carry that a step started from; replayed from the nearest earlier one that is held."""

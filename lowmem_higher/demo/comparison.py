@@ -14,7 +14,7 @@ from lowmem_higher.demo.progress import CHECKPOINTED_PASSES, Progress
 from lowmem_higher.testing import live_bytes
 
 UNROLL_LIMIT = 2 * 10**9
-"""The full unroll is measured up to the number of steps that takes about these bytes: a long demo must be safe to run."""
+"""About the most bytes that the full unroll is given. It is measured with fewer steps where all would take more."""
 
 _SHARES_OF_STEPS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _PROBE_STEPS = 20

@@ -53,7 +53,7 @@ def _draw_memory(axes: Axes, comparison: Comparison, checkpoint_every: int) -> N
     axes.set_xlabel("inner steps")
     axes.set_ylabel("peak live memory (MB)")
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left")
 

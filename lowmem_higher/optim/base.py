@@ -140,6 +140,35 @@ class DifferentiableOptimizer:
         """The pure update rule of one parameter; see NOTE [ Pure update rules ]."""
         raise NotImplementedError(f"{type(self).__name__} has no update rule: override `update`.")
 
+    def gradients(
+        self, loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool = True
+    ) -> list[Tensor | None]:
+        """The gradient of `loss` for each parameter that is optimized, None for the others and for unused ones.
+
+        A parameter that is not optimized is the same tensor at all times, and an ancestor of the optimized ones: asking
+        for its gradient would run all earlier steps backward.
+
+        Raises:
+            ValueError: `loss` depends on none of them.
+        """
+        held = sorted({index for indices in self._group_to_param_list for index in indices})
+        wanted = [index for index in held if params[index].requires_grad]
+        targets = [params[index] for index in wanted]
+        found = (
+            torch.autograd.grad(loss, targets, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
+            if wanted
+            else ()
+        )
+        grads: list[Tensor | None] = [None] * len(params)
+        for index, grad in zip(wanted, found, strict=True):
+            grads[index] = grad
+        if all(grad is None for grad in grads):
+            raise ValueError(
+                "The loss does not depend on the current fast weights, so the step would change nothing. Compute it "
+                "with the functional model of this context (fmodel(x), not model(x)), after the previous step."
+            )
+        return grads
+
     def advance(
         self, params: Sequence[Tensor], grads: Gradients, state: State, groups: Sequence[Group]
     ) -> tuple[list[Tensor], State]:
@@ -269,7 +298,7 @@ class DifferentiableOptimizer:
         check_loss(loss)
         params = list(self._fmodel.fast_params)
         track = self._track_higher_grads
-        grads = gradients(loss, params, create_graph=track)
+        grads = self.gradients(loss, params, create_graph=track)
         if callback is not None:
             grads = list(callback(grads))
         with torch.set_grad_enabled(track):
@@ -333,37 +362,6 @@ class DifferentiableOptimizer:
         return f"{type(self).__name__}({len(shown)} parameter group(s), {shown})"
 
 
-def gradients(
-    loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool = True
-) -> list[Tensor | None]:
-    """The gradient of `loss` for each parameter that requires grad, None for frozen and for unused ones.
-
-    Raises:
-        ValueError: `loss` depends on none of them.
-    """
-    wanted = [index for index, param in enumerate(params) if param.requires_grad]
-    found = (
-        torch.autograd.grad(
-            loss,
-            [params[index] for index in wanted],
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-        if wanted
-        else ()
-    )
-    grads: list[Tensor | None] = [None] * len(params)
-    for index, grad in zip(wanted, found, strict=True):
-        grads[index] = grad
-    if all(grad is None for grad in grads):
-        raise ValueError(
-            "The loss does not depend on the current fast weights, so the step would change nothing. Compute it with "
-            "the functional model of this context (fmodel(x), not model(x)), after the previous step."
-        )
-    return grads
-
-
 def check_loss(loss: object) -> float:
     """The value of a loss; refuses what no step can be taken from: anything but a finite scalar tensor with a graph."""
     if not isinstance(loss, Tensor):
@@ -407,7 +405,7 @@ def is_zero(value: Any) -> bool:
 def descend(param: Tensor, direction: Tensor, rate: Any) -> Tensor:
     """`param - rate * direction`, in one kernel where `rate` is a number."""
     if isinstance(rate, Tensor):
-        return param - rate * direction
+        return param - direction * rate
     return param.sub(direction, alpha=rate)
 
 
@@ -415,7 +413,7 @@ def lerp(old: Tensor, new: Tensor, weight_of_old: Any) -> Tensor:
     """`weight_of_old * old + (1 - weight_of_old) * new`: one step of a moving average."""
     if isinstance(weight_of_old, Tensor):
         return old * weight_of_old + new * (1 - weight_of_old)
-    return (old * weight_of_old).add(new, alpha=1 - weight_of_old)
+    return old.mul(weight_of_old).add(new, alpha=1 - weight_of_old)
 
 
 def _as_scalar(value: Any) -> Any:
