@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
 
     found = laws(points)
     verdicts = "\n".join(
-        f"- {name}: {law['found']:.3g}, at most {law['at most']:g}: "
+        f"- {name}: {law['found']:.2f}, at most {law['at most']:g}: "
         f"{'met' if law['found'] <= law['at most'] else '**missed**'}"
         for name, law in found.items()
     )

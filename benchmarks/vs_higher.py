@@ -19,6 +19,9 @@ NOTE [ What is left out, and how the table says so ]
 from __future__ import annotations
 
 import argparse
+import cProfile
+import gc
+import pstats
 import statistics
 import sys
 import time
@@ -62,6 +65,15 @@ class Row:
     difference: float | None = None
     cuda_peak_bytes: int | None = None
     skipped: str = ""
+
+    def by_arithmetic(self) -> float | None:
+        """Time over higher's if only multiply-adds took time: a first-order run is 3 forwards, a second-order run 9.
+
+        Known for native replay; the recomputations inside `torch.utils.checkpoint` are no whole runs.
+        """
+        if not self.rival.startswith("native") or self.first_order_runs is None or self.second_order_runs is None:
+            return None
+        return (3 * self.first_order_runs + 9 * self.second_order_runs) / (9 * self.steps)
 
     def verdict(self) -> str:
         """Against the target, where the row has one."""
@@ -174,7 +186,8 @@ def measure_cell(problem: Problem, steps: int, book: MemoryBook, arguments: argp
 
 
 COLUMNS = (
-    "net", "T", "rival", "seconds: median (min to max)", "repeats", "time / higher", "target",
+    "net", "T", "rival", "seconds: median (min to max)", "repeats", "time / higher", "by multiply-adds",
+    "target",
     "peak live bytes", "higher / peak", "first-order runs", "second-order runs", "model calls", "gradient vs higher",
 )  # fmt: skip
 
@@ -198,6 +211,7 @@ def table(rows: list[Row]) -> str:
             time_text,
             str(len(row.seconds) or ""),
             f"{row.times_higher:.2f}" if row.times_higher is not None else "",
+            f"{arithmetic:.2f}" if (arithmetic := row.by_arithmetic()) is not None else "",
             row.verdict(),
             f"{mark}{common.format_bytes(row.peak_bytes)}" if row.peak_bytes is not None else "",
             f"{base / row.peak_bytes:.1f}x" if base and row.peak_bytes else "",
@@ -212,6 +226,18 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def profile(problem: Problem, steps: int, optimizer: str) -> None:
+    """Print the 15 functions in which native replay, N=10, spends most time of its own."""
+    common.run(NATIVE_TEN, problem, min(steps, 20), optimizer)
+    profiler = cProfile.Profile()
+    gc.freeze()  # else the collections around each run, which are not timed in the table, would head the list
+    profiler.enable()
+    common.run(NATIVE_TEN, problem, steps, optimizer)
+    profiler.disable()
+    gc.unfreeze()
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(15)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -224,6 +250,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full", action="store_true", help="every rival in every cell, all repeats: hours")
     parser.add_argument("--quick", action="store_true", help="smoke test: T=4, one repeat, writes only with --out")
+    parser.add_argument("--profile", action="store_true", help="only print where native replay spends its time")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture; benchmarks/results when not --quick")
     parser.add_argument("--no-readme", action="store_true", help="leave the table of benchmarks/README.md as it is")
     arguments = parser.parse_args(argv)
@@ -243,6 +270,10 @@ def main(argv: list[str] | None = None) -> int:
         print("this benchmark compares with higher: pip install higher", file=sys.stderr)
         return 2
     device = torch.device(arguments.device)
+    if arguments.profile:
+        for net in arguments.nets:
+            profile(NETS[net]().to(device), max(arguments.steps), arguments.inner_optimizer)
+        return 0
     environment = common.environment(device)
     common.warn_if_busy(environment)
     arguments.memory = common.available_bytes(device)

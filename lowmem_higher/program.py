@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ def cut(
     nodes = _reached(roots, window, weight_index)
     position = {id(node): index for index, node in enumerate(nodes)}
     hooked = [leaf for made in nodes for leaf in made.leaves if isinstance(leaf, Tensor) and recorder.hooked(leaf)]
-    if recorder.hooked(loss) or any(map(recorder.hooked, weights)) or any(leaf.grad_fn is not None for leaf in hooked):
+    if recorder.hooked(loss) or any(map(recorder.hooked, weights)) or any(not leaf.is_leaf for leaf in hooked):
         raise RecordError(
             "A hook was registered (register_hook) on a fast weight, or on a tensor that leads to the loss, "
             "and a replay would not call it. Change gradients with grad_callback, or take the step as "
@@ -339,7 +339,7 @@ def check_dependence(
 
 def _made_since(tensor: Tensor, since: int) -> bool:
     """Whether a tensor's place in the graph is newer than a sequence number."""
-    return tensor.requires_grad and tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= since
+    return not tensor.is_leaf and cast(Any, tensor.grad_fn)._sequence_nr() >= since
 
 
 def _edge(tensor: Tensor) -> tuple[int, int]:

@@ -26,7 +26,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_higher.errors import HigherOrderError, HistoryFreedError
-from lowmem_higher.step import Carry, StepRecord, state_leaf, with_state_leaves
+from lowmem_higher.optim.base import State
+from lowmem_higher.program import Buffers
+from lowmem_higher.step import Carry, Layout, StepRecord, StepRun, detached_state, state_leaf, with_state_leaves
 
 
 class Carries(Protocol):
@@ -146,46 +148,52 @@ class Replay(Protocol):
         """The graph of a step."""
 
 
+def inputs_of(layout: Layout, weights: list[Tensor], state: State, externals: list[Tensor]) -> list[Tensor]:
+    """The tensors that a step's node takes, in its order."""
+    return [
+        *(weights[index] for index in layout.weights_in),
+        *(state_leaf(state, key) for key in layout.state_in),
+        *(externals[index] for index in layout.externals_in),
+    ]
+
+
+def outputs_of(layout: Layout, weights: list[Tensor], state: State) -> list[Tensor]:
+    """The tensors that a step's node gives, in its order."""
+    return [*(weights[index] for index in layout.weights_out), *(state_leaf(state, key) for key in layout.state_out)]
+
+
+def carry_stand_ins(record: StepRecord, carry: Carry) -> tuple[list[Tensor], State]:
+    """New leaves in place of a carry's weights, and of its optimizer state where that may have a gradient."""
+    weights = [
+        weight.detach().requires_grad_(trainable)
+        for weight, trainable in zip(carry.weights, record.layout.trainable, strict=True)
+    ]
+    leaves = {key: state_leaf(carry.state, key).detach().requires_grad_() for key in record.layout.state_in}
+    return weights, with_state_leaves(carry.state, leaves)
+
+
 class NativeReplay:
-    """Advance first-order to the step's carry, then build the graph of that one step (2 passes and 1)."""
+    """Advance first-order to the step's carry, then build the graph of that one step."""
 
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
 
     def graph(self, record: StepRecord, carries: Carries) -> StepGraph:
         """The graph of a step."""
-        carry, layout = carries.carry_before(record), record.layout
+        carry = carries.carry_before(record)
         self._count()
-        weights, state_leaves = carry_stand_ins(record, carry)
+        weights, state = carry_stand_ins(record, carry)
         externals = record.stand_ins()
-        state = with_state_leaves(carry.state, state_leaves)
         run = record.run(weights, state, carry.buffers, externals, create_graph=True)
-        inputs = [
-            *(weights[index] for index in layout.weights_in),
-            *state_leaves.values(),
-            *(externals[index] for index in layout.externals_in),
-        ]
-        outputs = [
-            *(run.weights[index] for index in layout.weights_out),
-            *(state_leaf(run.state, key) for key in layout.state_out),
-        ]
-        return StepGraph(inputs, outputs)
-
-
-def carry_stand_ins(record: StepRecord, carry: Carry) -> tuple[list[Tensor], dict[Any, Tensor]]:
-    """New leaves in place of a carry's weights, and of its state where it may have a gradient."""
-    weights = [
-        weight.detach().requires_grad_(trainable)
-        for weight, trainable in zip(carry.weights, record.layout.trainable, strict=True)
-    ]
-    return weights, {key: state_leaf(carry.state, key).detach().requires_grad_() for key in record.layout.state_in}
+        inputs = inputs_of(record.layout, weights, state, externals)
+        return StepGraph(inputs, outputs_of(record.layout, run.weights, run.state))
 
 
 class TorchReplay:
     """Rebuild a whole segment through `torch.utils.checkpoint`, one checkpoint a step, and differentiate that.
 
     Short and independent of the native way, which it is an oracle for. An inner `autograd.grad` inside a checkpoint
-    makes it recompute already in the forward, so this takes more second-order runs.
+    makes it recompute already in the forward, so this takes three second-order runs a step.
     """
 
     def __init__(self, count: Callable[[], None]) -> None:
@@ -203,56 +211,37 @@ class TorchReplay:
         records = [last]
         while records[-1].previous is not None:
             records.append(records[-1].previous)
-        records.reverse()
-        carry = carries.carry_before(records[0])
-        weights, state_leaves = carry_stand_ins(records[0], carry)
-        state, buffers = with_state_leaves(carry.state, state_leaves), carry.buffers
-        for record in records:
-            layout, externals = record.layout, record.stand_ins()
-            plain_state, plain_buffers = state, buffers
-            box: list[Any] = []
-
-            def body(
-                *flat: Tensor,
-                record: StepRecord = record,
-                plain_state: Any = plain_state,
-                buffers: Any = plain_buffers,
-                box: list[Any] = box,
-                count: int = len(weights),
-            ) -> tuple[Tensor, ...]:
-                self._count()
-                layout = record.layout
-                middle = count + len(layout.state_in)
-                given = dict(zip(layout.state_in, flat[count:middle], strict=True))
-                run = record.run(
-                    list(flat[:count]),
-                    with_state_leaves(plain_state, given),
-                    buffers,
-                    list(flat[middle:]),
-                    create_graph=True,
-                )
-                box[:] = [run]
-                return (
-                    *(run.weights[index] for index in layout.weights_out),
-                    *(state_leaf(run.state, key) for key in layout.state_out),
-                )
-
-            state_inputs = [state_leaf(state, key) for key in layout.state_in]
-            outputs = list(
-                checkpoint(body, *weights, *state_inputs, *externals, use_reentrant=False, preserve_rng_state=False)
-            )
-            inputs = [
-                *(weights[index] for index in layout.weights_in),
-                *state_inputs,
-                *(externals[index] for index in layout.externals_in),
-            ]
-            held = carries.keep(Carry([weight.detach() for weight in weights], plain_state, plain_buffers))
-            record.segment.graphs[record.time] = StepGraph(inputs, outputs, held)
+        carry = carries.carry_before(records[-1])
+        for record in reversed(records):
+            weights, state = carry_stand_ins(record, carry)
+            externals, runs = record.stand_ins(), list[StepRun]()
+            inputs = inputs_of(record.layout, weights, state, externals)
+            body = functools.partial(self._body, record, weights, state, carry.buffers, externals, runs)
+            outputs = list(checkpoint(body, *inputs, use_reentrant=False, preserve_rng_state=False))
+            record.segment.graphs[record.time] = StepGraph(inputs, outputs, carries.keep(carry))
             # The next step starts from new leaves: among its own outputs a step's weights depend on its momentum, and
             # a gradient for both must not pass from one to the other.
-            leaves = [output.detach().requires_grad_() for output in outputs]
-            weights, run = list(weights), box.pop()
-            for index, leaf in zip(layout.weights_out, leaves, strict=False):
-                weights[index] = leaf
-            new_state = dict(zip(layout.state_out, leaves[len(layout.weights_out) :], strict=True))
-            state, buffers = with_state_leaves(run.state, new_state), run.buffers
+            run = runs.pop()
+            carry = Carry([w.detach() for w in run.weights], detached_state(run.state), run.buffers)
+
+    def _body(
+        self,
+        record: StepRecord,
+        weights: list[Tensor],
+        state: State,
+        buffers: Buffers,
+        externals: list[Tensor],
+        runs: list[StepRun],
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        self._count()
+        layout, given = record.layout, iter(inputs)
+        weights, externals = list(weights), list(externals)
+        for index in layout.weights_in:
+            weights[index] = next(given)
+        state = with_state_leaves(state, {key: next(given) for key in layout.state_in})
+        for index in layout.externals_in:
+            externals[index] = next(given)
+        run = record.run(weights, state, buffers, externals, create_graph=True)
+        runs[:] = [run]
+        return tuple(outputs_of(layout, run.weights, run.state))

@@ -300,13 +300,12 @@ class Recorder(TorchFunctionMode):
                 self._made.pop(tensor)
                 self._written.pop(_base(tensor))
         small = _SMALL if node.rng is None else _SMALL_DRAW
-        for leaf, made in zip(node.leaves, node.links, strict=True):
-            if made is not None and isinstance(leaf, Tensor):
-                small = max(small, leaf.nbytes - 1)
+        if getattr(node.call, "__name__", "") not in _CUTS:
+            small = max([small, *(tensor.nbytes - 1 for tensor in tensors)])
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
                 self.devices.add(tensor.device)
-            if id(tensor) in inputs or (tensor.requires_grad and tensor.grad_fn is None):
+            if id(tensor) in inputs or (tensor.requires_grad and tensor.is_leaf):
                 continue  # a leaf that requires grad is an input, whoever made it
             if tensor.requires_grad or (followed and tensor.nbytes > small):
                 self._made.set(tensor, Link(node, index, version_of(tensor), tensor.is_leaf))
@@ -403,6 +402,9 @@ def _may_write(name: str, kwargs: dict[str, Any]) -> bool:
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
     return name.endswith("_") or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
+
+# Calls whose result is a small part of a tensor that is likely to stay: a batch of a resident dataset.
+_CUTS = frozenset(["__getitem__", "index_select", "narrow", "select", "take", "gather", "chunk", "split", "unbind"])
 
 # Calls that never draw a random number, so that the generators need not be read around them.
 _DRAWS_NOTHING = frozenset(

@@ -94,6 +94,11 @@ def state_leaf(state: State, key: StateKey) -> Tensor:
     return found
 
 
+def detached_state(state: State) -> State:
+    """The same optimizer state, cut off from its graph."""
+    return with_state_leaves(state, {key: state_leaf(state, key).detach() for key in state_keys(state)})
+
+
 def with_state_leaves(state: State, leaves: dict[StateKey, Tensor]) -> State:
     """The same optimizer state with some tensors replaced."""
     new = [{index: dict(entry) for index, entry in entries.items()} for entries in state]

@@ -24,7 +24,7 @@ from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, check_loss
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_dependence, cut
-from lowmem_higher.pullback import NativeReplay, Replay, StepGraph, TorchReplay, attach
+from lowmem_higher.pullback import NativeReplay, Replay, StepGraph, TorchReplay, attach, inputs_of, outputs_of
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
@@ -36,6 +36,7 @@ from lowmem_higher.step import (
     Update,
     advance_carry,
     carry_mark,
+    detached_state,
     fingerprint,
     plain_state,
     state_keys,
@@ -284,13 +285,9 @@ class Trajectory:
             release=self.ledger.release,
         )
         self.ledger.hold(record.externals)
-        inputs = [
-            *(weights[index] for index in layout.weights_in),
-            *(state_leaf(state, key) for key in layout.state_in),
-            *(externals.tensors[index] for index in layout.externals_in),
-        ]
+        inputs = inputs_of(layout, weights, state, externals.tensors)
         # Parts of a joined update share its storage; what the user gets are tensors of their own.
-        parts = [new_weights[i] for i in layout.weights_out] + [state_leaf(new_state, k) for k in layout.state_out]
+        parts = outputs_of(layout, new_weights, new_state)
         outputs = [part.clone() if part._is_view() else part.detach() for part in parts]
         attached, past = attach(self, record, outputs, inputs)
         public = list(weights)
@@ -415,8 +412,7 @@ class Trajectory:
         return self._layouts.setdefault(layout, layout)
 
     def _kept(self, weights: list[Tensor], state: State) -> Segment:
-        leaves = {key: state_leaf(state, key).detach() for key in state_keys(state)}
-        carry = Carry([w.detach() for w in weights], with_state_leaves(state, leaves), self._window_buffers.tensors)
+        carry = Carry([w.detach() for w in weights], detached_state(state), self._window_buffers.tensors)
         return Segment(self.ledger.steps, self.ledger.keep(carry, checkpoint=True))
 
     # Handing out carries

@@ -81,7 +81,9 @@ class Measured(NamedTuple):
     gradients: tuple[Tensor, ...]
 
 
-def measure(steps: int, checkpoint_every: int | None, body: Callable[..., Tensor] | None = None, **settings: Any) -> Measured:
+def measure(
+    steps: int, checkpoint_every: int | None, body: Callable[..., Tensor] | None = None, **settings: Any
+) -> Measured:
     """The live bytes of a loop and of its outer backward; `body(fmodel, t)` gives the inner loss of step t."""
     torch.manual_seed(1)
     problem = make_problem()
@@ -115,7 +117,7 @@ def one_step() -> int:
 
 @pytest.fixture(scope="module")
 def long_runs() -> dict[tuple[int, int], Measured]:
-    """T=100 and T=1000, at N=sqrt(T) and at fixed N: three runs, of which the long one takes most of this file's time."""
+    """T=100 and T=1000, at N=sqrt(T) and at fixed N: three runs; the long one takes most of this file's time."""
     torch.set_default_dtype(torch.float64)
     try:
         return {(steps, every): measure(steps, every) for steps, every in ((100, 10), (100, 31), (1000, 31))}
@@ -138,7 +140,9 @@ def test_peak_without_carries_is_flat_at_fixed_spacing(long_runs: dict[tuple[int
     assert rest[1] == pytest.approx(rest[0], rel=0.05)
 
 
-def test_the_loop_itself_holds_the_checkpoints_and_nothing_that_grows(long_runs: dict[tuple[int, int], Measured]) -> None:
+def test_the_loop_itself_holds_the_checkpoints_and_nothing_that_grows(
+    long_runs: dict[tuple[int, int], Measured],
+) -> None:
     rest = [long_runs[steps, 31].held - math.ceil(steps / 31) * CARRY for steps in (100, 1000)]
     assert rest[1] - rest[0] <= math.ceil(1000 / 31) * MARK + 4 * 64  # four more powers of two are checked
 
@@ -321,7 +325,7 @@ def test_step_of_a_function_that_fetches_its_data_holds_nothing_of_them() -> Non
         x = torch.randn(BATCH, FEATURES, generator=generator)
         return (fmodel(x) - 1.0).square().mean()
 
-    with live_bytes() as memory, opened(problem, 1000, verify="off") as (fmodel, diffopt):
+    with live_bytes() as memory, opened(problem, 1000, verify="off") as (_, diffopt):
         sizes = []
         for t in range(20):
             diffopt.step(inner_loss, t)
