@@ -128,7 +128,7 @@ def innerloop_ctx(
         >>> x, y = torch.randn(20, 3), torch.randn(20, 1)
         >>> with higher.innerloop_ctx(net, opt, copy_initial_weights=False, checkpoint_every=10) as (fnet, diffopt):
         ...     for _ in range(100):
-        ...         diffopt.step((fnet(x) - y).square().mean())
+        ...         _ = diffopt.step((fnet(x) - y).square().mean())
         ...     fnet(x).mean().backward()
         >>> net.weight.grad.shape
         torch.Size([1, 3])

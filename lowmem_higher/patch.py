@@ -314,6 +314,11 @@ class FunctionalModule(nn.Module):
         return self._view.track
 
     def __setattr__(self, name: str, value: Any) -> None:
+        view = self.__dict__.get("_view")
+        if view is not None and isinstance(value, Tensor) and self._parameters.get(name) is not None:
+            old = self._parameters[name]
+            self.update_params([value if weight is old else weight for weight in view.current])
+            return
         descriptor = getattr(type(self), name, None)
         if isinstance(descriptor, property):  # nn.Module would store a list of tensors as a plain attribute
             object.__setattr__(self, name, value)

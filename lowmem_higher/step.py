@@ -216,8 +216,8 @@ class StepRecord:
         if watcher.found:
             raise ReplayMismatchError(
                 f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that "
-                "require grad and that it did not read while your loop ran. Bind what it reads when it is made, for example with "
-                "functools.partial(callback, tensor); inside it use fmodel.parameters() for the weights of its step."
+                "require grad and that it did not read while your loop ran. Bind what it reads when it is made, for "
+                "example with functools.partial(callback, tensor); inside it use fmodel.parameters() for the weights of its step."
             )
         return used
 

@@ -454,6 +454,24 @@ def test_R3_buffers_of_a_checkpointed_block() -> None:
     assert_exact(body, CheckpointedNorm)
 
 
+def test_R3_a_hidden_module_counts_its_statistics_once() -> None:
+    """A teacher in a list of the model, in training mode: a replay must not count again, or be refused in the loop."""
+    for setting in SETTINGS:
+        teacher = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1))
+
+        class Student(nn.Module):
+            def __init__(self, teacher: nn.Module = teacher) -> None:
+                super().__init__()
+                self.inner, self.hidden = nn.Linear(3, 1), [teacher]
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(x).tanh() + self.hidden[0](x).detach()
+
+        with contextlib.suppress(higher.LowmemError):
+            loop_of(plain, Student)(**setting)
+        assert teacher[1].num_batches_tracked in (0, 1, STEPS + 1), setting  # not at all, refused at once, or the loop's
+
+
 class MovingCenter(nn.Module):
     """Subtracts a moving average that it makes at the first call."""
 

@@ -177,6 +177,31 @@ def test_carries_and_passes_obey_the_law(steps: int, every: int) -> None:
     assert report.carries_peak_bytes <= carries_at_most(steps, every)
 
 
+class Heads(nn.Module):
+    """A trunk and four heads, of which a call uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(FEATURES, 5)
+        self.heads = nn.ModuleList(nn.Linear(5, 1) for _ in range(4))
+
+    def forward(self, x: Tensor, head: int) -> Tensor:
+        return self.heads[head](torch.tanh(self.trunk(x)))
+
+
+def test_passes_where_a_step_uses_a_part_of_the_model() -> None:
+    """A head that waits for its turn must not make the inner gradient run through the steps in between."""
+    model, x = Heads(), torch.randn(6, FEATURES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False, checkpoint_every=5) as (fmodel, diffopt):
+        for t in range(16):
+            diffopt.step(fmodel(x, t % 4).square().mean())
+        assert (diffopt.report.first_order_runs, diffopt.report.second_order_runs) == (16, 0)
+        sum(fmodel(x, head).square().mean() for head in range(4)).backward()
+    assert (diffopt.report.first_order_runs, diffopt.report.second_order_runs) == (16 + 12, 16)
+    assert all(param.grad is not None and param.grad.norm() > 0 for param in model.parameters())
+
+
 @pytest.mark.parametrize("replay", ["native", "torch"])
 def test_carries_peak_counts_what_a_segment_replays(replay: str) -> None:
     """T=20, N=10: two checkpoints, and nine or ten replayed carries of the last segment at once."""

@@ -94,8 +94,10 @@ def _comparison_lines(comparison: Comparison, options: Options) -> list[str]:
         _row("largest relative difference of the gradients (float64)", _difference(comparison)),
     ]  # fmt: skip
     if comparison.steps < options.steps:
-        lines.append(f"  (the full unroll was stopped at {comparison.steps:,} steps to spare memory; checkpoints went on to "
-                     f"{options.steps:,} with {_megabytes(comparison.checkpointed_peaks[-1])})")  # fmt: skip
+        lines.append(
+            f"  (the full unroll was stopped at {comparison.steps:,} steps to spare memory; "
+            f"checkpoints went on to {options.steps:,} with {_megabytes(comparison.checkpointed_peaks[-1])})"
+        )
     return lines
 
 

@@ -180,7 +180,8 @@ class DifferentiableOptimizer:
         new_params, new_state = list(params), [dict(group_state) for group_state in state]
         for group, indices, old_state, entries in zip(groups, self._group_to_param_list, state, new_state, strict=True):
             group = {key: _as_scalar(value) for key, value in group.items()}
-            for positions in self._batches(params, grads, indices, old_state):
+            joined = self.elementwise and not any(isinstance(value, Tensor) and value.ndim for value in group.values())
+            for positions in self._batches(params, grads, indices, old_state, joined):
                 batch = [indices[position] for position in positions]
                 old = [old_state.get(position, {}) for position in positions]
                 found = [grads[index] for index in batch]
@@ -190,7 +191,12 @@ class DifferentiableOptimizer:
         return new_params, new_state
 
     def _batches(
-        self, params: Sequence[Tensor], grads: Gradients, indices: list[int], state: dict[int, dict[str, Any]]
+        self,
+        params: Sequence[Tensor],
+        grads: Gradients,
+        indices: list[int],
+        state: dict[int, dict[str, Any]],
+        joined: bool,
     ) -> list[list[int]]:
         """The positions in a parameter group whose updates can be computed as one."""
         batches: dict[tuple[Any, ...], list[int]] = {}
@@ -198,7 +204,7 @@ class DifferentiableOptimizer:
             if grads[index] is not None:
                 param = params[index]
                 alike: tuple[Any, ...] = (position,)
-                if self.elementwise and param.numel() <= _JOINED_UP_TO:
+                if joined and param.numel() <= _JOINED_UP_TO:
                     numbers = [
                         (key, None if isinstance(value, Tensor) else value)
                         for key, value in state.get(position, {}).items()
@@ -303,6 +309,8 @@ class DifferentiableOptimizer:
             grads = list(callback(grads))
         with torch.set_grad_enabled(track):
             new_params, self.state = self.advance(params, grads, self.state, self.param_groups)
+        # Parts of a joined update share its storage; the user gets tensors of their own, which may be edited in place.
+        new_params = [new.clone() if new._is_view() else new for new in new_params]
         if not track:
             new_params = [
                 new if new is old else new.detach().requires_grad_()
@@ -418,7 +426,7 @@ def lerp(old: Tensor, new: Tensor, weight_of_old: Any) -> Tensor:
 
 def _as_scalar(value: Any) -> Any:
     """A one-element tensor as a 0-dimensional one, so that it broadcasts without changing a parameter's shape."""
-    if isinstance(value, Tensor) and value.ndim:
+    if isinstance(value, Tensor) and value.ndim and value.numel() == 1:
         return value.reshape(())
     if isinstance(value, (tuple, list)):
         return type(value)(_as_scalar(item) for item in value)
