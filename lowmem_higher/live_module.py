@@ -148,18 +148,30 @@ class LiveModule:
             leaves: list[Any] = []
             structure = flatten((args, kwargs), leaves)
             buffers = self.current_buffers(fmodel)
+            view.take_assigned()
             modules = list(fmodel.modules())
             self._check_structure(modules)
             self._state = ModuleState.capture(modules, self._state)
             given = [*view.current, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
-            watcher = Watcher(given, inner_leaves=recorder.inner_leaves, candidates=self._state.candidates())
-            inside = Inside(view.current, buffers, self._state, watcher.found, [])
-            node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
             rng = capture_rng(recorder.devices)
             renew_buffers(fmodel, view.slots)
+            watcher = Watcher(
+                given,
+                inner_leaves=recorder.inner_leaves,
+                candidates=self._state.candidates(),
+                own={id(buffer) for buffer in view.slots.read_buffers()},
+            )
+            inside = Inside(view.current, buffers, self._state, watcher.found, [])
+            node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
         with recorder.watching(watcher), follow_view(view):
             out = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            if watcher.foreign_writes and torch.is_grad_enabled():
+                raise RecordError(
+                    f"{describe(target)} writes into a tensor that is no buffer of the model "
+                    f"({watcher.foreign_writes[0]}), and a replay would write again. Register it as a buffer; put another "
+                    "module, a teacher for example, in eval mode; or make the call in the loop and pass its result."
+                )
             if not same_rng(rng, capture_rng(recorder.devices)):
                 node.rng = rng
             inside.state = self._state = self._state.read_only(watcher.read)

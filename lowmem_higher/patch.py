@@ -76,21 +76,34 @@ class FunctionalView:
         """Make `weights` the current ones, one time later; `entry` stands for them in the history if given."""
         if len(weights) != len(self.slots):
             raise ValueError(f"The model has {len(self.slots)} parameters, and {len(weights)} new ones were given.")
+        for name, new, old in zip(self.slots.names, weights, self.current, strict=False):
+            if new.shape != old.shape:
+                raise ValueError(f"{name} has shape {tuple(old.shape)}, and its new value {tuple(new.shape)}.")
         self.current = list(weights)
         self.slots.install(self.current)
         if not self.track:
             self.history.clear()
         self.history.append(self.current if entry is None else entry)
 
+    def refuse_inside(self, what: str, instead: str) -> None:
+        """Raise if code is running that a replay runs again."""
+        if self.caller is not None and self.caller.inside:
+            raise RecordError(
+                f"{what} inside forward, grad_callback or a function given to step, which a replay runs again. "
+                f"{instead} in the loop, and pass what is needed as an argument."
+            )
+
+    def take_assigned(self) -> None:
+        """A weight that was assigned by name (`fmodel.layer.weight = ...`) becomes current, one time later."""
+        found = [cast(Tensor, _alive(slots[0][0])._parameters[slots[0][1]]) for slots in self.slots.params]
+        if not all(map(operator.is_, found, self.current)):
+            self.append(found)
+
     def at(self, time: int | None) -> list[Tensor]:
         """The weights of a time, counted from the start or, if negative, from the end."""
         if time is None:
             return _replayed.weights.get(self.token, self.current)
-        if self.caller is not None and self.caller.inside:
-            raise RecordError(
-                f"The weights of time={time} were asked for inside forward, grad_callback or a function given to step, "
-                "which a replay runs again. Ask for them in the loop, and pass them as an argument."
-            )
+        self.refuse_inside(f"The weights of time={time} were asked for", "Ask for them")
         if not self.track:
             if time not in (-1, 0):
                 raise ValueError(
@@ -243,6 +256,7 @@ class FunctionalModule(nn.Module):
             return super().__call__(*args, **kwargs)
         if view.caller is not None:
             return view.caller.call_module(self, "", super().__call__, args, kwargs)
+        view.take_assigned()
         renew_buffers(self, view.slots)
         with view.around_call(view):
             return super().__call__(*args, **kwargs)
@@ -306,7 +320,22 @@ class FunctionalModule(nn.Module):
 
     def update_params(self, params: Iterable[Tensor]) -> None:
         """Make `params`, in the order of `parameters()`, the current fast weights, one time later."""
+        self._view.refuse_inside("Weights were set", "Set them")
         self._view.append(list(params))
+
+    def get_parameter(self, target: str) -> Tensor:  # type: ignore[override]
+        # As for `parameters`: a tensor with a graph.
+        """The current fast weight of that name."""
+        found = dict(self.named_parameters(remove_duplicate=False)).get(target)
+        if found is None:
+            raise AttributeError(f"The model has no parameter {target!r}.")
+        return found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the fast weights that can have one: those of time 0."""
+        for weight in self.parameters():
+            if weight.is_leaf and weight.grad is not None:
+                weight.grad = None if set_to_none else torch.zeros_like(weight)
 
     @property
     def track_higher_grads(self) -> bool:
@@ -362,6 +391,7 @@ def make_functional_copy(
         raise TypeError(f"The model must be a torch.nn.Module in Python, and is {type(module).__name__}.")
     with torch.no_grad():
         buffers = copied(ParameterSlots(module).read_buffers(), device)
+    _refuse_lists_of_parameters(module)
     weights = []
     for param in module.parameters():
         source = param.detach() if copy_initial_weights else param
@@ -397,8 +427,31 @@ def copy_structure(module: nn.Module) -> nn.Module:
             copies[id(part)].__dict__[table] = type(found)(
                 (name, _led_to_copies(value, copies)) for name, value in found.items()
             )
+        if type(part) is nn.ParameterList:
+            copies[id(part)].__class__ = _ParameterList
     root: nn.Module = copies[id(module)]
     return root
+
+
+class _ParameterList(nn.ParameterList):
+    """A slice of torch's own wraps each tensor into a new Parameter, which cuts its graph."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return [self[i] for i in range(len(self))[index]] if isinstance(index, slice) else super().__getitem__(index)
+
+
+def _refuse_lists_of_parameters(module: nn.Module) -> None:
+    own = {id(param) for param in module.parameters()}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            values = value.values() if type(value) is dict and name not in _OWN_TABLES else value
+            if isinstance(part, nn.RNNBase) or not isinstance(values, (list, tuple, type({}.values()))):
+                continue
+            if any(id(item) in own for item in values):
+                raise ValueError(
+                    f"{path or 'The model'} keeps its own parameters in the attribute {name!r}, where fast weights would "
+                    "not reach them: it would go on with the initial ones. Use a torch.nn.ParameterList."
+                )
 
 
 _OWN_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
@@ -433,23 +486,34 @@ def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> N
             module.__class__ = _routed_class(type(module))
 
 
-_classes: dict[tuple[str, type[nn.Module]], type[nn.Module]] = {}
+# The classes made here, by kind and by the model's class; neither is kept alive by the table.
+_classes: dict[str, weakref.WeakKeyDictionary[type, weakref.ref[type]]] = {
+    "functional": weakref.WeakKeyDictionary(),
+    "routed": weakref.WeakKeyDictionary(),
+}
+
+
+def _class_of(kind: str, base: type[nn.Module], make: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
+    known = _classes[kind].get(base)
+    found = None if known is None else known()
+    if found is None:
+        found = make(base)
+        _classes[kind][base] = weakref.ref(found)
+    return found
 
 
 def functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
     """The class of the fmodels of a class of models: a subclass of it, and of `FunctionalModule`."""
-    key = ("functional", model_type)
-    if key not in _classes:
-        names = {"__module__": model_type.__module__}
-        _classes[key] = type(f"Functional{model_type.__name__}", (FunctionalModule, model_type), names)
-    return _classes[key]
+    return _class_of("functional", model_type, _make_functional_class)
+
+
+def _make_functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": model_type.__module__}
+    return type(f"Functional{model_type.__name__}", (FunctionalModule, model_type), names)
 
 
 def _routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
-    key = ("routed", module_type)
-    if key not in _classes:
-        _classes[key] = _make_routed_class(module_type)
-    return _classes[key]
+    return _class_of("routed", module_type, _make_routed_class)
 
 
 def _make_routed_class(module_type: type[nn.Module]) -> type[nn.Module]:

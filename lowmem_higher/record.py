@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, capture_rng, same_rng
 from lowmem_higher.structure import Structure, flatten, tensors_in
 from lowmem_higher.tensor_map import TensorMap
-from lowmem_higher.watch import Watcher, intercepted_apply
+from lowmem_higher.watch import Watcher, intercepted_apply, may_write
 
 _SMALL = 64  # bytes: a tensor of this size costs no more than the record of how it was made
 _SMALL_DRAW = 5056  # bytes: the state of the CPU's generator, which replaying a draw would need
@@ -236,7 +236,7 @@ class Recorder(TorchFunctionMode):
             self._exposed.set(args[0], True)
         leaves: list[Any] = []
         structure = flatten((args, kwargs), leaves)
-        if _may_write(name, kwargs):
+        if may_write(name, kwargs):
             self._copy_before_write(leaves)
         node = self.new_node(call, structure, leaves)
         tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -394,13 +394,6 @@ def _changes_flags(func: Any, name: str) -> bool:
     if name == "__set__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in ("requires_grad", "data")
     return name in ("requires_grad_", "detach_")
-
-
-def _may_write(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a call may write into its first tensor, by its name and arguments."""
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    return name.endswith("_") or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
 # Calls whose result is a small part of a tensor that is likely to stay: a batch of a resident dataset.

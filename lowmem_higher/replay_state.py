@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from lowmem_higher.errors import ExternalModifiedError
 
@@ -35,6 +37,18 @@ def _autocast_switches(device: str) -> list[tuple[Callable[[], Any], Callable[[A
     ]
 
 
+def _set_matmul(name: str) -> Callable[[Any], None]:
+    return lambda value: setattr(torch.backends.cuda.matmul, name, value)
+
+
+def _default_device() -> torch.device | None:
+    """The device of the innermost `with torch.device(...)`, None outside of any."""
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, DeviceContext):
+            return mode.device
+    return None
+
+
 # Every switch that changes what a call computes: (read, write).
 _SWITCHES: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch.is_grad_enabled, torch._C._set_grad_enabled),
@@ -49,11 +63,17 @@ _SWITCHES: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
     (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math),
     (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    *(
+        (getattr(torch._C, f"_get_cublas_{name}"), _set_matmul(name))
+        for name in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    ),
+    (_default_device, lambda device: None),  # a context, entered by `_restored`
     (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         _set_deterministic,
     ),
 ]
+_DEVICE = [read for read, _ in _SWITCHES].index(_default_device)
 _READERS = [read for read, _ in _SWITCHES]
 
 
@@ -98,7 +118,9 @@ class Ambient:
         try:
             torch.set_autocast_cache_enabled(False)
             _write_differences(now, self.switches)
-            yield
+            wanted, present = self.switches[_DEVICE], now[_DEVICE]
+            with nullcontext() if wanted == present else torch.device(wanted or "cpu"):
+                yield
         finally:
             _write_differences(_read_switches(), now)
             torch.set_autocast_cache_enabled(cache)
@@ -156,15 +178,15 @@ def _rng_restored(state: RngState) -> Iterator[None]:
 _MACHINERY = frozenset(nn.Module().__dict__) - {"training"}  # the tables that every module has
 
 
-_kinds: dict[type, str] = {}
+_PLAIN = frozenset([bool, int, float, str, type(None)])
 
 
-def _kind(kind: type) -> str:
-    known = _kinds.get(kind)
-    if known is None:
-        plain = issubclass(kind, (bool, int, float, str, type(None)))
-        known = _kinds[kind] = "plain" if plain else "tensor" if issubclass(kind, Tensor) else "other"
-    return known
+def _kind(value: Any) -> str:
+    if type(value) in _PLAIN:
+        return "plain"
+    if isinstance(value, Tensor):
+        return "tensor"
+    return "plain" if isinstance(value, (int, float, str)) else "other"
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +209,7 @@ class ModuleState:
             plain_here, tensors_here = {}, {}
             for key, value in module.__dict__.items():
                 if key not in _MACHINERY:
-                    kind = _kind(type(value))
+                    kind = _kind(value)
                     if kind == "plain":
                         plain_here[key] = value
                     elif kind == "tensor":

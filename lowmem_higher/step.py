@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
-from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State
+from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, called_back
 from lowmem_higher.patch import replayed_weights
 from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
@@ -212,12 +212,12 @@ class StepRecord:
             replayed_weights(self.token, weights),
             watcher.on(),
         ):
-            used = callback(list(grads))
+            used = called_back(callback, grads)
         if watcher.found:
             raise ReplayMismatchError(
                 f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that "
                 "require grad and that it did not read while your loop ran. Bind what it reads when it is made, for "
-                "example with functools.partial(callback, tensor); inside it use fmodel.parameters() for the weights of its step."
+                "example with functools.partial(callback, tensor); in it, fmodel.parameters() are those of its step."
             )
         return used
 

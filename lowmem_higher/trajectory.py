@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.live_module import LiveModule
-from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, check_loss
+from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, called_back, check_loss
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_dependence, cut
 from lowmem_higher.pullback import NativeReplay, Replay, StepGraph, TorchReplay, attach, inputs_of, outputs_of
@@ -230,6 +230,7 @@ class Trajectory:
         node: Node | None,
         callback: GradCallback | None,
     ) -> None:
+        fmodel._view.take_assigned()
         weights = fmodel._view.current
         state = optimizer.state
         continues = self._check_weights(weights, state)
@@ -363,7 +364,7 @@ class Trajectory:
         rng = capture_rng(self._recorder.devices)
         watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)])
         with torch.enable_grad(), torch._C._EnableTorchFunction(), watcher.on():
-            used = callback(list(grads))
+            used = called_back(callback, grads)
         drawn = None if same_rng(rng, capture_rng(self._recorder.devices)) else rng
         return [None if grad is None else grad.detach() for grad in used], watcher.found, drawn
 

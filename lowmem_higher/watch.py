@@ -8,7 +8,7 @@ tensors that were not read the first time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ class Watcher(TorchFunctionMode):
         stand_ins: By `id` of the tensor they stand for; used in replays.
         inner_leaves: Receives the leaves that require grad and are made inside.
         candidates: Ids of tensors; which of them are read is noted in `read`.
+        own: Ids of the tensors that may be written into; other writes are noted in `foreign_writes`. None: not watched.
     """
 
     def __init__(
@@ -40,8 +41,11 @@ class Watcher(TorchFunctionMode):
         stand_ins: Mapping[int, Tensor] | None = None,
         inner_leaves: TensorMap[bool] | None = None,
         candidates: Container[int] = (),
+        own: Set[int] | None = None,
     ) -> None:
         super().__init__()
+        self.foreign_writes: list[str] = []
+        self._own = own
         self.read: set[int] = set()
         self._candidates = candidates
         self._inner_leaves = inner_leaves
@@ -56,9 +60,11 @@ class Watcher(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the arguments of one torch call, then run it."""
         args, kwargs = self.look(args, kwargs or {})
+        if self._own is not None and may_write(getattr(func, "__name__", ""), kwargs):
+            self._note_write(func, args, kwargs)
         out = func(*args, **kwargs)
         for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
-            if tensor.requires_grad:
+            if tensor.requires_grad or self._own is not None:
                 self._made.set(tensor, True)
                 if self._inner_leaves is not None and tensor.is_leaf:
                     self._inner_leaves.set(tensor, True)
@@ -81,6 +87,13 @@ class Watcher(TorchFunctionMode):
         known: tuple[Any, Any] = unflatten(structure, iter(leaves))
         return known
 
+    def _note_write(self, func: Any, args: Any, kwargs: Any) -> None:
+        target = kwargs.get("out", args[0] if args else None)
+        if isinstance(target, Tensor) and self._own is not None:
+            base = target if target._base is None else target._base
+            if not {id(target), id(base)} & self._own and not self._made.get(target) and not self._made.get(base):
+                self.foreign_writes.append(str(torch.overrides.resolve_name(func)))
+
     def _unknown(self, value: Any) -> bool:
         if isinstance(value, Tensor):
             if self._candidates and id(value) in self._candidates:
@@ -102,6 +115,17 @@ class Watcher(TorchFunctionMode):
 
         with self, intercepted_apply.by(apply):
             yield
+
+
+def may_write(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call may write into its first tensor, by its name and arguments."""
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
+    return (
+        (name.endswith("_") and name != "requires_grad_")
+        or kwargs.get("out") is not None
+        or bool(kwargs.get("inplace"))
+    )
 
 
 def _made_before(tensor: Tensor, sequence_number: int) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -253,18 +256,53 @@ def test_without_the_extras_it_says_how_to_install_them(
     assert 'pip install "lowmem_higher[demo]"' in line
 
 
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_ends_with_130_and_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    """Also where Python would drop it: inside the callback of a weak reference."""
 
-    monkeypatch.setattr(metalearning, "meta_gradient", interrupted)
+    class Thing:
+        pass
+
+    def load(seed: int, device: torch.device) -> data.Digits:
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: press_ctrl_c())
+        del thing
+        assert reference() is None
+        return real_load(seed, device)
+
+    real_load = data.load
+    monkeypatch.setattr(data, "load", load)
     run = Run(tmp_path, capsys, "--steps", 5)
     assert run.code == 130
     assert run.stderr.splitlines()[-1] == "python -m lowmem_higher demo: interrupted, nothing was saved"
     assert "Traceback" not in run.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_a_second_ctrl_c_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object) -> None:
+        press_ctrl_c()
+        press_ctrl_c()
+        pytest.fail("still running")
+
+    monkeypatch.setattr(data, "load", load)
+    assert Run(tmp_path, capsys, "--steps", 5).code == 130
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_threads_are_given_back(

@@ -35,7 +35,11 @@ SWITCHES: dict[str, tuple[Read, Write, Any]] = {
     "cudnn.deterministic": (*attribute(backends.cudnn, "deterministic"), True),
     "cudnn.allow_tf32": (*attribute(backends.cudnn, "allow_tf32"), False),
     "flash attention": (backends.cuda.flash_sdp_enabled, backends.cuda.enable_flash_sdp, False),
-    "memory-efficient attention": (backends.cuda.mem_efficient_sdp_enabled, backends.cuda.enable_mem_efficient_sdp, False),
+    "memory-efficient attention": (
+        backends.cuda.mem_efficient_sdp_enabled,
+        backends.cuda.enable_mem_efficient_sdp,
+        False,
+    ),
     "math attention": (backends.cuda.math_sdp_enabled, backends.cuda.enable_math_sdp, False),
     "cudnn attention": (backends.cuda.cudnn_sdp_enabled, backends.cuda.enable_cudnn_sdp, False),
     "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"),
@@ -169,9 +173,10 @@ def test_a_replay_runs_forward_under_the_switches_of_its_step(name: str, replay:
     probe, x = Probe(read, seen), torch.randn(4, 3)
     model = nn.ModuleDict({"probe": probe, "head": nn.Linear(3, 1)})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with higher.innerloop_ctx(
-        model, optimizer, copy_initial_weights=False, checkpoint_every=3, replay=replay
-    ) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False, checkpoint_every=3, replay=replay) as (
+        fmodel,
+        diffopt,
+    ):
         for t in range(5):
             if t in (1, 4):
                 with Flipped(name):
@@ -328,9 +333,10 @@ def test_R4_a_tensor_attribute_that_was_modified_is_refused() -> None:
 
 def test_steps_share_their_module_state() -> None:
     model, x = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), torch.randn(4, 3)
-    with higher.innerloop_ctx(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_every=10
-    ) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_every=10) as (
+        fmodel,
+        diffopt,
+    ):
         for t in range(6):
             fmodel.train(t != 3)
             diffopt.step(fmodel(x).square().mean())

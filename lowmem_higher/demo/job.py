@@ -24,10 +24,12 @@ def run(options: Options) -> summary.Result:
     Raises:
         DivergedError: The inner training or its gradient is no longer finite.
         OSError: The results cannot be written.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     print(summary.introduction(options), flush=True)
-    with _one_thread():
-        result, weights, corrupted = _find(options)
+    progress = Progress()
+    with _one_thread(), progress.interruptible():
+        result, weights, corrupted = _find(options, progress)
     picture_path, numbers_path = options.out / PICTURE, options.out / NUMBERS
     comparison, every = result.comparison, options.checkpoint_every
     picture.draw(picture_path, comparison, weights, corrupted, result.detection, every)
@@ -36,10 +38,9 @@ def run(options: Options) -> summary.Result:
     return result
 
 
-def _find(options: Options) -> tuple[summary.Result, torch.Tensor, torch.Tensor]:
+def _find(options: Options, progress: Progress) -> tuple[summary.Result, torch.Tensor, torch.Tensor]:
     """The result, the learned weights, and which labels are wrong."""
     start = time.perf_counter()
-    progress = Progress()
     digits = data.load(options.seed, options.device)
     first, learned = (
         first_meta_parameters(options.seed, options.device, lambda: progress.tick()) for _ in ("before", "after")

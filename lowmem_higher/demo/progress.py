@@ -1,7 +1,12 @@
-"""Progress bars on stderr that count passes through the model, so that they also move during the backward."""
+"""Progress bars on stderr that count passes through the model, so that they also move during the backward.
+
+A pass is also where Ctrl-C takes effect. Python drops an exception that a signal raises inside a callback of a weak
+reference, with a traceback on stderr, and the engine and `live_bytes` have many such callbacks.
+"""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +24,26 @@ class Progress:
 
     silent: bool = False
     _bar: tqdm[Never] | None = field(default=None, repr=False)
+    _interrupted: bool = field(default=False, repr=False)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Lets Ctrl-C take effect at the next model pass; a second one takes effect at once. For the main thread."""
+
+        def note(*_: object) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.default_int_handler:  # ignored, under nohup, or someone else's
+            yield
+            return
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @contextmanager
     def phase(self, name: str, passes: int) -> Iterator[None]:
@@ -37,7 +62,13 @@ class Progress:
         self._bar = None
 
     def tick(self) -> None:
-        """One more model pass."""
+        """One more model pass.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
         if self._bar is not None and self._bar.n < (self._bar.total or 0):
             self._bar.update()
 

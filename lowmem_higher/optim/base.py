@@ -302,11 +302,12 @@ class DifferentiableOptimizer:
     def _unrolled_step(self, loss: Tensor, callback: GradCallback | None) -> None:
         """The full unroll: every step's graph stays alive, as in `higher`."""
         check_loss(loss)
+        self._fmodel._view.take_assigned()
         params = list(self._fmodel.fast_params)
         track = self._track_higher_grads
         grads = self.gradients(loss, params, create_graph=track)
         if callback is not None:
-            grads = list(callback(grads))
+            grads = called_back(callback, grads)
         with torch.set_grad_enabled(track):
             new_params, self.state = self.advance(params, grads, self.state, self.param_groups)
         # Parts of a joined update share its storage; the user gets tensors of their own, which may be edited in place.
@@ -362,12 +363,35 @@ class DifferentiableOptimizer:
                     f"override[{key!r}] has {len(values)} values; it needs 1, or one for each of the "
                     f"{len(self.param_groups)} parameter groups, as in override={{{key!r}: [value]}}."
                 )
+            if not any(key in group for group in self.param_groups):
+                known = ", ".join(repr(name) for name in self.param_groups[0] if name != "params")
+                raise ValueError(f"override[{key!r}] names no hyperparameter of this optimizer; it has {known}.")
             for index, group in enumerate(self.param_groups):
                 group[key] = values[0] if len(values) == 1 else values[index]
 
     def __repr__(self) -> str:
         shown = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return f"{type(self).__name__}({len(shown)} parameter group(s), {shown})"
+
+
+def called_back(callback: GradCallback, grads: Gradients) -> list[Tensor | None]:
+    """The gradients that a callback wants used.
+
+    Raises:
+        ValueError: It does not return one for each parameter, of the same shape.
+    """
+    used: Any = callback(list(grads))
+    fits = isinstance(used, (list, tuple)) and len(used) == len(grads)
+    fits = fits and all(
+        new is None or (isinstance(new, Tensor) and old is not None and new.shape == old.shape)
+        for new, old in zip(used, grads, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            "grad_callback must return a list with one gradient for each parameter, of the same shape, and None where "
+            "it got None: return [None if g is None else f(g) for g in grads]."
+        )
+    return list(used)
 
 
 def check_loss(loss: object) -> float:
