@@ -169,8 +169,8 @@ class LiveModule:
             if watcher.foreign_writes and torch.is_grad_enabled():
                 raise RecordError(
                     f"{describe(target)} writes into a tensor that is no buffer of the model "
-                    f"({watcher.foreign_writes[0]}), and a replay would write again. Register it as a buffer; put another "
-                    "module, a teacher for example, in eval mode; or make the call in the loop and pass its result."
+                    f"({watcher.foreign_writes[0]}), and a replay would write again. Register it as a buffer, put "
+                    "another module, a teacher for example, in eval mode; or make the call in the loop and pass its result."
                 )
             if not same_rng(rng, capture_rng(recorder.devices)):
                 node.rng = rng

@@ -26,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lowmem_higher.errors import RecordError
 
+_OWN_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Slots = list[tuple[weakref.ref[nn.Module], str]]
 
@@ -146,6 +147,7 @@ class ParameterSlots:
         self.params: list[Slots] = [[] for _ in named]
         self.buffers: list[Slots] = []
         buffer_place: dict[int, int] = {}
+        self.containers: list[tuple[weakref.ref[nn.Module], str, dict[Any, int]]] = []  # lists of parameters, and such
         self.recurrent: list[weakref.ref[nn.RNNBase]] = []
         for module in root.modules():
             here = weakref.ref(module)
@@ -159,6 +161,13 @@ class ParameterSlots:
                 self.buffers[index].append((here, name))
             if isinstance(module, nn.RNNBase):
                 self.recurrent.append(weakref.ref(module))
+                continue
+            for name, value in vars(module).items():
+                if type(value) in (list, tuple, dict) and name not in _OWN_TABLES:
+                    items = value.items() if type(value) is dict else enumerate(value)
+                    held = {key: place[id(item)] for key, item in items if id(item) in place}
+                    if held:
+                        self.containers.append((here, name, held))
 
     def __len__(self) -> int:
         return len(self.params)
@@ -168,6 +177,12 @@ class ParameterSlots:
         for slots, weight in zip(self.params, weights, strict=True):
             for module, name in slots:
                 _alive(module)._parameters[name] = cast(nn.Parameter, weight)
+        for here, name, held in self.containers:
+            value = vars(_alive(here))[name]
+            filled = dict(value) if type(value) is dict else list(value)
+            for key, index in held.items():
+                filled[key] = weights[index]
+            vars(_alive(here))[name] = tuple(filled) if type(value) is tuple else filled
         for recurrent in map(_alive, self.recurrent):  # RNNs read their weights through a list of their own
             recurrent._flat_weights = [getattr(recurrent, name, None) for name in recurrent._flat_weights_names]
 
@@ -391,7 +406,6 @@ def make_functional_copy(
         raise TypeError(f"The model must be a torch.nn.Module in Python, and is {type(module).__name__}.")
     with torch.no_grad():
         buffers = copied(ParameterSlots(module).read_buffers(), device)
-    _refuse_lists_of_parameters(module)
     weights = []
     for param in module.parameters():
         source = param.detach() if copy_initial_weights else param
@@ -438,23 +452,6 @@ class _ParameterList(nn.ParameterList):
 
     def __getitem__(self, index: Any) -> Any:
         return [self[i] for i in range(len(self))[index]] if isinstance(index, slice) else super().__getitem__(index)
-
-
-def _refuse_lists_of_parameters(module: nn.Module) -> None:
-    own = {id(param) for param in module.parameters()}
-    for path, part in module.named_modules():
-        for name, value in vars(part).items():
-            values = value.values() if type(value) is dict and name not in _OWN_TABLES else value
-            if isinstance(part, nn.RNNBase) or not isinstance(values, (list, tuple, type({}.values()))):
-                continue
-            if any(id(item) in own for item in values):
-                raise ValueError(
-                    f"{path or 'The model'} keeps its own parameters in the attribute {name!r}, where fast weights would "
-                    "not reach them: it would go on with the initial ones. Use a torch.nn.ParameterList."
-                )
-
-
-_OWN_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
 
 
 def _led_to_copies(value: Any, copies: dict[int, Any]) -> Any:

@@ -1754,6 +1754,38 @@ def test_R6_grad_callback_with_weights_and_learned_tensors() -> None:
     assert_exact(body)
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(3, 4), nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+
+    def forward(self, x: Tensor, head: int = 0) -> Tensor:
+        return self.heads[head](self.body(x).tanh())
+
+
+@pytest.mark.parametrize("what", ["fills in zeros", "reads all weights", "leaves it"])
+def test_R6_grad_callback_and_a_weight_without_a_gradient(what: str) -> None:
+    """A head that is idle for some steps: the callback may move it (weight decay acts on it then), or read it."""
+
+    def body(fnet: Any, diffopt: Any) -> None:
+        diffopt.param_groups[0]["weight_decay"] = 0.3
+
+        def callback(grads: list[Tensor | None]) -> list[Tensor | None]:
+            weights = list(fnet.parameters())
+            if what == "fills in zeros":
+                return [torch.zeros_like(w) if grad is None else grad for grad, w in zip(grads, weights, strict=True)]
+            if what == "reads all weights":
+                total = sum(weight.sin().sum() for weight in weights)
+                return [None if grad is None else grad + 0.1 * total for grad in grads]
+            return grads
+
+        for t in range(STEPS):
+            x, y = batch(t)
+            diffopt.step((fnet(x, int(t > 3)) - y).square().mean(), grad_callback=callback)
+
+    assert_exact(body, TwoHeads, outer=lambda fnet: (fnet(X) + fnet(X, 1)).square().mean())
+
+
 class Record(nn.Module):
     """Takes its batch as an object, and returns one."""
 

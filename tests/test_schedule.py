@@ -17,7 +17,7 @@ from lowmem_higher.schedule import Periodic
 
 
 class Simulated(NamedTuple):
-    """What a run over T steps did: which carries were kept, the replays in order, and the most that was held at once."""
+    """What a run did: which carries were kept, the replays in order, the most carries that were held at once."""
 
     kept: list[int]
     replayed: list[int]
@@ -25,7 +25,7 @@ class Simulated(NamedTuple):
 
 
 def simulate(schedule: Periodic, steps: int) -> Simulated:
-    """A loop of `steps` steps and its backward, as the trajectory does it; fails if a carry is read that is not held."""
+    """A loop and its backward, as the trajectory does them; fails if a carry is read that is not held."""
     kept = [step for step in range(steps) if schedule.keeps(step)]
     held, replayed, most = set(kept), [], len(kept)
     for step in reversed(range(steps)):
