@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Twin:
             self.slots.installed(weights, own_buffers),
             state.applied(self.modules),
             follow(FixedWeights(self.slots, weights, around)),
-            watcher.on(),
+            watcher.on() if stand_ins else nullcontext(),  # a tensor read anew shows in the loss, which is checked
         ):
             module = self.root.get_submodule(target) if isinstance(target, str) else None
             out = module(*args, **kwargs) if module is not None else target(self.root, *args, **kwargs)  # type: ignore[operator]
@@ -81,7 +81,7 @@ class Twin:
 
 
 def _watched(given: list[Tensor], stand_ins: dict[int, Tensor]) -> AbstractContextManager[None]:
-    return Watcher(given, stand_ins).on()
+    return Watcher(given, stand_ins).on() if stand_ins else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class LiveModule:
                 raise RecordError(
                     f"{describe(target)} writes into a tensor that is no buffer of the model "
                     f"({watcher.foreign_writes[0]}), and a replay would write again. Register it as a buffer, put "
-                    "another module, a teacher for example, in eval mode; or make the call in the loop and pass its result."
+                    "another module (a teacher) in eval mode, or make the call in the loop and pass its result."
                 )
             if not same_rng(rng, capture_rng(recorder.devices)):
                 node.rng = rng

@@ -483,19 +483,12 @@ def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> N
             module.__class__ = _routed_class(type(module))
 
 
-# The classes made here, by kind and by the model's class; neither is kept alive by the table.
-_classes: dict[str, weakref.WeakKeyDictionary[type, weakref.ref[type]]] = {
-    "functional": weakref.WeakKeyDictionary(),
-    "routed": weakref.WeakKeyDictionary(),
-}
-
-
 def _class_of(kind: str, base: type[nn.Module], make: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
-    known = _classes[kind].get(base)
-    found = None if known is None else known()
-    if found is None:
-        found = make(base)
-        _classes[kind][base] = weakref.ref(found)
+    """The class made from `base`, once; `base` itself holds it, so that both can be freed together."""
+    name = f"_lowmem_higher_{kind}"
+    if name not in vars(base):
+        setattr(base, name, make(base))
+    found: type[nn.Module] = vars(base)[name]
     return found
 
 

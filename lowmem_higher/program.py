@@ -46,6 +46,7 @@ class Instruction:
     structure: Structure
     refs: tuple[Ref, ...]
     ambient: Ambient
+    outputs: int = 1
     weights: tuple[Ref, ...] | None = None
     buffers: tuple[Ref, ...] | None = None
     found: tuple[Ref, ...] = ()
@@ -98,15 +99,13 @@ class StepProgram:
 
     def __str__(self) -> str:
         """The program as code that a person can read."""
-        refs = [self.loss, *(ref for instruction in self.instructions for ref in instruction.refs)]
-        several = {ref.at for ref in refs if ref.kind == "made" and ref.output > 0}
 
         def name(ref: Ref) -> str:
             if ref.kind != "made":
                 return f"{ref.kind}s[{ref.at}]"
             if ref.output < 0:  # what the call wrote into keeps its name
                 return name(self.instructions[ref.at].refs[-1 - ref.output])
-            return f"v{ref.at}[{ref.output}]" if ref.at in several else f"v{ref.at}"
+            return f"v{ref.at}[{ref.output}]" if self.instructions[ref.at].outputs > 1 else f"v{ref.at}"
 
         lines = ["def step_program(weights, externals, numbers):"]
         for position, instruction in enumerate(self.instructions):
@@ -249,7 +248,7 @@ def cut(
         ])  # fmt: skip
         inside, call = made.inside, made.call
         if inside is None:
-            instructions.append(Instruction(call, made.structure, refs, made.ambient))
+            instructions.append(Instruction(call, made.structure, refs, made.ambient, made.outputs))
             states.append(None)
             continue
         if not isinstance(call.target, str):  # a function may be a new object at each step: its code stands for it
@@ -262,6 +261,7 @@ def cut(
                 made.structure,
                 refs,
                 made.ambient,
+                made.outputs,
                 None if own_weights else tuple([tensor_ref(w, version_of(w)) for w in inside.weights]),
                 buffer_refs(inside.buffers),
                 tuple(map(tensor_ref, inside.found, inside.found_versions)),

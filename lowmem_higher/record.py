@@ -79,8 +79,21 @@ class Link(NamedTuple):
 class Node:
     """One recorded call: what was called, with what, and in which state."""
 
-    __slots__ = ("__weakref__", "after", "ambient", "call", "index", "inside", "leaves", "links", "rng", "structure",
-                 "versions", "weight")  # fmt: skip
+    __slots__ = (
+        "__weakref__",
+        "after",
+        "ambient",
+        "call",
+        "index",
+        "inside",
+        "leaves",
+        "links",
+        "outputs",
+        "rng",
+        "structure",
+        "versions",
+        "weight",
+    )
 
     def __init__(
         self, index: int, call: Any, structure: Structure, leaves: list[Any], inside: Inside | None = None
@@ -96,6 +109,7 @@ class Node:
         self.rng: RngState | None = None
         self.inside = inside
         self.weight = 1
+        self.outputs = 1
 
 
 @dataclass(frozen=True)
@@ -288,13 +302,14 @@ class Recorder(TorchFunctionMode):
         followed = node.inside is None and node.weight <= _LONGEST_RECIPE and not self._opaque(node)
         followed = followed and not any(tensor.requires_grad for tensor in tensors)
         inputs = {id(leaf) for leaf in node.leaves}
+        node.outputs = len(outputs)
         for position in written or ():
             tensor = node.leaves[position]
             if tensor.requires_grad and node.links[position] is not None:
                 link = Link(node, -1 - position, version_of(tensor), tensor.is_leaf)
                 self._made.set(tensor, link)
                 self._written.set(_base(tensor), link)
-                node.leaves[position] = Overwritten()  # the node must not hold what it made: it would live for ever
+                _let_go(node, _base(tensor))
             else:
                 self._volatile.set(_base(tensor), True)
                 self._made.pop(tensor)
@@ -302,13 +317,25 @@ class Recorder(TorchFunctionMode):
         small = _SMALL if node.rng is None else _SMALL_DRAW
         if getattr(node.call, "__name__", "") not in _CUTS:
             small = max([small, *(tensor.nbytes - 1 for tensor in tensors)])
+        made = False
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
                 self.devices.add(tensor.device)
             if id(tensor) in inputs or (tensor.requires_grad and tensor.is_leaf):
                 continue  # a leaf that requires grad is an input, whoever made it
             if tensor.requires_grad or (followed and tensor.nbytes > small):
+                made = True
                 self._made.set(tensor, Link(node, index, version_of(tensor), tensor.is_leaf))
+        if made and not followed:
+            self._copy_what_may_change(node)
+
+    def _copy_what_may_change(self, node: Node) -> None:
+        """Hold copies of constants that the loop may write into before the step: small views, parts of such tensors."""
+        for position, leaf in enumerate(node.leaves):
+            if isinstance(leaf, Tensor) and not leaf.requires_grad and node.links[position] is None:
+                small_view = leaf._base is not None and leaf.nbytes <= _SMALL_DRAW
+                if small_view or self._volatile.get(_base(leaf)):
+                    node.leaves[position], node.versions[position] = leaf.clone(), 0
 
     def _opaque(self, node: Node) -> bool:
         """Whether a node read what may change behind the recorder's back."""
@@ -342,6 +369,18 @@ def recorder() -> Recorder:
         _thread.recorder = Recorder()
     found: Recorder = _thread.recorder
     return found
+
+
+def _let_go(node: Node, base: Tensor) -> None:
+    """After a write, let the node and those that made the view hold the storage no more: it would never die."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        for position, leaf in enumerate(current.leaves):
+            made = current.links[position]
+            if made is not None and isinstance(leaf, Tensor) and _base(leaf) is base:
+                current.leaves[position] = Overwritten()
+                pending.append(made[0])
 
 
 def version_of(tensor: Tensor) -> int:

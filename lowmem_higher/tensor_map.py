@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -24,8 +25,9 @@ class TensorMap(Generic[Value]):
 
     def set(self, tensor: Tensor, value: Value) -> None:
         """Give a tensor its value."""
-        key, entries = id(tensor), self._entries
-        entries[key] = (weakref.ref(tensor, lambda _: entries.pop(key, None)), value)
+        # The callback runs no Python code of its own, in which a Ctrl-C would be lost.
+        forget = functools.partial(self._entries.pop, id(tensor))
+        self._entries[id(tensor)] = (weakref.ref(tensor, forget), value)
 
     def pop(self, tensor: Tensor) -> None:
         """Forget a tensor."""

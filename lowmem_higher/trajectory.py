@@ -246,9 +246,6 @@ class Trajectory:
         with torch._C._EnableTorchFunction():  # the backward may run the model's code again (rule R7)
             grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
         mark = fingerprint(loss, grads) if checked else None
-        # An optimized weight without a gradient is no input of this step; as one, it would tie later steps to it.
-        held = {index for indices in self._rules._group_to_param_list for index in indices}
-        unused = {index for index in held if grads[index] is None}
         found: list[Tensor] = []
         callback_rng = None
         if callback is not None:
@@ -258,8 +255,12 @@ class Trajectory:
         with torch.no_grad():
             new_weights, new_state = optimizer.advance(weights, grads, state, optimizer.param_groups)
 
-        used = [weight.requires_grad and index not in unused for index, weight in enumerate(weights)]
-        layout = self._layout(weights, used, new_weights, state, new_state, externals.tensors)
+        # An optimized weight that this step does not use passes through its node all the same. If it stayed an output
+        # of an earlier node, the next inner gradient would run the nodes in between to get there.
+        for index in {index for indices in self._rules._group_to_param_list for index in indices}:
+            if weights[index].requires_grad and new_weights[index] is weights[index]:
+                new_weights[index] = weights[index].detach()
+        layout = self._layout(weights, new_weights, state, new_state, externals.tensors)
         keep = not continues or self._tail is None or self._schedule.keeps(self.ledger.steps, self._tail.segment.start)
         segment = self._kept(weights, state) if keep else self._tail.segment  # type: ignore[union-attr]  # see keep
         record = StepRecord(
@@ -288,8 +289,9 @@ class Trajectory:
         self.ledger.hold(record.externals)
         inputs = inputs_of(layout, weights, state, externals.tensors)
         # Parts of a joined update share its storage; what the user gets are tensors of their own.
+        same = {weight.data_ptr() for weight in weights}
         parts = outputs_of(layout, new_weights, new_state)
-        outputs = [part.clone() if part._is_view() else part.detach() for part in parts]
+        outputs = [part.clone() if part._is_view() and part.data_ptr() not in same else part.detach() for part in parts]
         attached, past = attach(self, record, outputs, inputs)
         public = list(weights)
         for index, output in zip(layout.weights_out, attached, strict=False):
@@ -393,7 +395,6 @@ class Trajectory:
     def _layout(
         self,
         weights: list[Tensor],
-        used: list[bool],
         new_weights: list[Tensor],
         state: State,
         new_state: State,
@@ -402,7 +403,7 @@ class Trajectory:
         before = {key: state_leaf(state, key) for key in state_keys(state)}
         layout = Layout(
             trainable=tuple([weight.requires_grad for weight in weights]),
-            weights_in=tuple([index for index, taken in enumerate(used) if taken]),
+            weights_in=tuple([index for index, weight in enumerate(weights) if weight.requires_grad]),
             state_in=tuple([key for key, leaf in before.items() if leaf.requires_grad]),
             externals_in=tuple([index for index, tensor in enumerate(externals) if tensor.requires_grad]),
             weights_out=tuple([index for index, weight in enumerate(weights) if weight is not new_weights[index]]),

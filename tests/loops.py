@@ -110,7 +110,11 @@ def sgd(run: Run) -> Tensor:
 
 def sgd_nesterov_groups(run: Run) -> Tensor:
     """Two groups, one with Nesterov momentum from a warm state; a frozen parameter, one not optimized, one unused."""
-    net, x, y = nn.ModuleDict({"body": mlp(3, 4), "head": nn.Linear(4, 1), "idle": nn.Linear(2, 2)}), run.data(12, 3), run.data(12, 1)
+    net, x, y = (
+        nn.ModuleDict({"body": mlp(3, 4), "head": nn.Linear(4, 1), "idle": nn.Linear(2, 2)}),
+        run.data(12, 3),
+        run.data(12, 1),
+    )
     net["body"][0].bias.requires_grad_(False)
     run.net(net)
     for param in net["idle"].parameters():
@@ -271,7 +275,12 @@ def times(run: Run) -> Tensor:
             past = list(fnet.parameters(time=time))
             outer = outer + past[0].cos().sum() + (past[2] * past[2]).sum()
             places = fnet.gradient_edges(time=time) if checkpointed else past
-            run.inputs.update({f"{name} of time {time}": place for (name, _), place in zip(net.named_parameters(), places, strict=True)})
+            run.inputs.update(
+                {
+                    f"{name} of time {time}": place
+                    for (name, _), place in zip(net.named_parameters(), places, strict=True)
+                }
+            )
         run.inputs.update({f"{name} of the last time": place for name, place in fnet.named_parameters()})
         return outer + fnet(x).tanh().sum()
 
@@ -393,7 +402,12 @@ class CheckpointedNet(nn.Module):
 
 
 def _checkpointed_model(run: Run, nested: bool) -> Tensor:
-    net, x, y, shift = run.net(CheckpointedNet(nested)), run.data(12, 3), run.data(12, 1), run.leaf("shift", run.data(4))
+    net, x, y, shift = (
+        run.net(CheckpointedNet(nested)),
+        run.data(12, 3),
+        run.data(12, 1),
+        run.leaf("shift", run.data(4)),
+    )
     outer = torch.zeros((), dtype=torch.float64)
     with run.context(net, sgd_for(net, lr=0.02, momentum=0.5)) as (fnet, diffopt):
         for t in range(run.steps):
@@ -438,7 +452,11 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.1, batch_first=True)
-        self.attention, self.embed, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Embedding(7, 4), nn.Linear(4, 1)
+        self.attention, self.embed, self.head = (
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            nn.Embedding(7, 4),
+            nn.Linear(4, 1),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.layer(self.embed(tokens))
@@ -448,9 +466,12 @@ class Attention(nn.Module):
 def transformer(run: Run) -> Tensor:
     net, y = run.net(Attention()), run.data(6, 1)
     tokens = torch.arange(30).reshape(6, 5) * 3 % 7
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), run.context(net, sgd_for(net, lr=0.02)) as (
-        fnet,
-        diffopt,
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        run.context(net, sgd_for(net, lr=0.02)) as (
+            fnet,
+            diffopt,
+        ),
     ):
         for t in range(run.steps):
             diffopt.step((fnet(tokens.roll(t, 1)) - y).square().mean())

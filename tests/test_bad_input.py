@@ -115,7 +115,9 @@ def test_checkpoint_every(value: Any, error: type[Exception], match: str, global
     ],
 )
 @pytest.mark.parametrize("every", [None, 2])
-def test_keywords_of_the_context(keywords: dict[str, Any], match: str, every: int | None, global_state: Snapshot) -> None:
+def test_keywords_of_the_context(
+    keywords: dict[str, Any], match: str, every: int | None, global_state: Snapshot
+) -> None:
     model = net()
     opt = trained(model)
     with unchanged(global_state, model, opt), pytest.raises(ValueError, match=match):
@@ -133,7 +135,10 @@ def test_the_keywords_after_the_first_six_have_no_position() -> None:
 def test_an_optimizer_of_another_model(setting: dict[str, Any], global_state: Snapshot) -> None:
     model, other = net(), net()
     opt = trained(other)
-    with unchanged(global_state, model, opt), pytest.raises(ValueError, match="holds a parameter that is not one of the model's"):
+    with (
+        unchanged(global_state, model, opt),
+        pytest.raises(ValueError, match="holds a parameter that is not one of the model's"),
+    ):
         higher.innerloop_ctx(model, opt, **setting).__enter__()
     extra = torch.optim.SGD([*model.parameters(), torch.zeros(1, requires_grad=True)], lr=0.1)
     with unchanged(global_state, model, extra), pytest.raises(ValueError, match="not one of the model's"):
@@ -148,7 +153,11 @@ def test_an_unsupported_optimizer(setting: dict[str, Any], global_state: Snapsho
         pass
 
     model = net()
-    for opt in (torch.optim.LBFGS(model.parameters()), torch.optim.Rprop(model.parameters()), Mine(model.parameters(), lr=0.1)):
+    for opt in (
+        torch.optim.LBFGS(model.parameters()),
+        torch.optim.Rprop(model.parameters()),
+        Mine(model.parameters(), lr=0.1),
+    ):
         match = rf"{type(opt).__name__} has no differentiable.*Adam, AdamW.*SGD.*register_optim\({type(opt).__name__}, "
         with unchanged(global_state, model, opt), pytest.raises(ValueError, match=match):
             higher.innerloop_ctx(model, opt, **setting).__enter__()
@@ -162,7 +171,10 @@ def test_what_is_no_model_and_no_optimizer(setting: dict[str, Any], global_state
         with unchanged(global_state, model, opt), pytest.raises(TypeError, match="The model must be a torch.nn.Module"):
             higher.innerloop_ctx(wrong, opt, **setting).__enter__()
     for wrong in (torch.optim.SGD, None, model, "SGD"):
-        with unchanged(global_state, model, opt), pytest.raises(TypeError, match="The optimizer must be a torch.optim.Optimizer"):
+        with (
+            unchanged(global_state, model, opt),
+            pytest.raises(TypeError, match="The optimizer must be a torch.optim.Optimizer"),
+        ):
             higher.innerloop_ctx(model, wrong, **setting).__enter__()
     with unchanged(global_state, model, opt), pytest.raises(RuntimeError, match="[Dd]evice"):
         higher.innerloop_ctx(model, opt, device="nowhere", **setting).__enter__()
@@ -271,7 +283,9 @@ def test_a_loss_of_before_the_last_step(setting: dict[str, Any], global_state: S
     with higher.innerloop_ctx(model, opt, **setting) as (fmodel, diffopt):
         loss = fmodel(X).square().mean()
         diffopt.step(loss)
-        error, match = (higher.RecordError, "before the last step") if setting else (ValueError, "after the previous step")
+        error, match = (
+            (higher.RecordError, "before the last step") if setting else (ValueError, "after the previous step")
+        )
         with unchanged(global_state, model, opt, fmodel, diffopt), pytest.raises(error, match=match):
             diffopt.step(loss)
 
@@ -312,7 +326,10 @@ def test_a_step_inside_of_a_recorded_call(setting: dict[str, Any], global_state:
             lambda: diffopt.step(lambda fmodel: diffopt.step(fmodel(X).mean()) or fmodel(X).mean()),
             lambda: diffopt.step(loss, grad_callback=lambda grads: diffopt.step(loss) or grads),
         ):
-            with unchanged(global_state, model, opt, fmodel, diffopt), pytest.raises(higher.RecordError, match="inside"):
+            with (
+                unchanged(global_state, model, opt, fmodel, diffopt),
+                pytest.raises(higher.RecordError, match="inside"),
+            ):
                 inside()
 
 

@@ -8,9 +8,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import LOOPS, Loop, Run, example_weights, gradients, mlp, rows, sgd, sgd_for, times
+from loops import (
+    LOOPS,
+    Loop,
+    Run,
+    adam_warm_amsgrad,
+    adamw_warm,
+    callback,
+    checkpoint_in_model,
+    dropout,
+    example_weights,
+    gradients,
+    in_place,
+    mlp,
+    rows,
+    sgd,
+    sgd_for,
+    times,
+    transformer,
+)
 from loops import adam as adam_loop
-from loops import adam_warm_amsgrad, adamw_warm, callback, checkpoint_in_model, dropout, in_place, transformer
 from torch import Tensor, nn
 
 import lowmem_higher
@@ -104,7 +121,9 @@ TAYLOR = {
     "transformer": (transformer, []),
 }
 WEIGHTS = {  # warm starts depend on the weights through the warm-up, which is not differentiated
-    name: [key for key in gradients(loop, 2) if key.startswith(("0.", "2.", "layer.", "last.")) and key.endswith("weight")][:1]
+    name: [
+        key for key in gradients(loop, 2) if key.startswith(("0.", "2.", "layer.", "last.")) and key.endswith("weight")
+    ][:1]
     for name, (loop, _) in TAYLOR.items()
     if "warm" not in name
 }

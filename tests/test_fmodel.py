@@ -20,7 +20,12 @@ from lowmem_higher.testing import assert_matches_unrolled
 pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 5
-SETTINGS: list[dict[str, Any]] = [{}, {"checkpoint_every": 2}, {"checkpoint_every": 2, "replay": "torch"}, {"checkpoint_every": 10}]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"checkpoint_every": 2},
+    {"checkpoint_every": 2, "replay": "torch"},
+    {"checkpoint_every": 10},
+]
 X = torch.sin(torch.arange(24, dtype=torch.float64)).reshape(8, 3)
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 
@@ -136,7 +141,9 @@ def test_names_and_state_dict(setting: dict[str, Any]) -> None:
         assert [name for name, _ in fmodel.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert all(a is b for (_, a), b in zip(fmodel.named_parameters(), fmodel.parameters(), strict=True))
         assert [name for name, _ in fmodel.named_buffers()] == [name for name, _ in model.named_buffers()]
-        assert [name for name, _ in fmodel.layers.named_parameters(prefix="l")] == [name for name, _ in model.layers.named_parameters(prefix="l")]
+        assert [name for name, _ in fmodel.layers.named_parameters(prefix="l")] == [
+            name for name, _ in model.layers.named_parameters(prefix="l")
+        ]
         assert len(list(fmodel.parameters(recurse=False))) == 1
         state = fmodel.state_dict()
         assert list(state) == list(model.state_dict())
@@ -229,7 +236,9 @@ def test_gradients_at_past_times(setting: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------- calling parts of a model
 
 
-def gradients(model: Callable[[], nn.Module], inner: Callable[[Any], Tensor], setting: dict[str, Any]) -> list[Tensor | None]:
+def gradients(
+    model: Callable[[], nn.Module], inner: Callable[[Any], Tensor], setting: dict[str, Any]
+) -> list[Tensor | None]:
     torch.manual_seed(0)
     net = seeded(model)
     with opened(net, setting) as (fmodel, diffopt):
@@ -239,7 +248,9 @@ def gradients(model: Callable[[], nn.Module], inner: Callable[[Any], Tensor], se
     return list(torch.autograd.grad(outer, list(net.parameters()), allow_unused=True))
 
 
-def assert_as(model: Callable[[], nn.Module], inner: Callable[[Any], Tensor], reference: Callable[[Any], Tensor]) -> None:
+def assert_as(
+    model: Callable[[], nn.Module], inner: Callable[[Any], Tensor], reference: Callable[[Any], Tensor]
+) -> None:
     """`inner` gives what `reference` gives in the full unroll."""
     expected = gradients(model, reference, {})
     assert any(grad is not None and grad.norm() > 0 for grad in expected)
@@ -323,7 +334,9 @@ class Powers(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.powers = nn.ParameterList([nn.Parameter(torch.full((3,), 0.2 + index)) for index in range(3)])
-        self.named = nn.ParameterDict({"gain": nn.Parameter(torch.tensor(1.1)), "shift": nn.Parameter(torch.tensor(0.2))})
+        self.named = nn.ParameterDict(
+            {"gain": nn.Parameter(torch.tensor(1.1)), "shift": nn.Parameter(torch.tensor(0.2))}
+        )
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
@@ -403,7 +416,9 @@ def test_a_list_of_layers_leads_to_the_current_weights() -> None:
             return self.last(self.first(x).tanh())
 
     assert_as(lambda: KeepsList(used=False), loss_of, loss_of)
-    for ours, theirs in zip(gradients(lambda: KeepsList(False), loss_of, {}), gradients(lambda: Direct(False), loss_of, {}), strict=True):
+    for ours, theirs in zip(
+        gradients(lambda: KeepsList(False), loss_of, {}), gradients(lambda: Direct(False), loss_of, {}), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -427,7 +442,9 @@ def test_frozen_and_unused_parameters_stay_the_same_objects(setting: dict[str, A
         frozen, unused = fmodel.layers[0].weight, fmodel.heads["other"].weight
         seen = []
         for _ in range(3):
-            diffopt.step(loss_of(fmodel), grad_callback=lambda grads: seen.append([grad is None for grad in grads]) or grads)
+            diffopt.step(
+                loss_of(fmodel), grad_callback=lambda grads: seen.append([grad is None for grad in grads]) or grads
+            )
         assert fmodel.layers[0].weight is frozen
         assert fmodel.heads["other"].weight is unused
         assert not frozen.requires_grad
@@ -507,7 +524,9 @@ def test_methods_of_modules(setting: dict[str, Any]) -> None:
         seen = []
         fmodel.apply(lambda part: seen.append(part))
         assert len(seen) == len(list(model.modules()))
-        assert sum(weight.numel() for weight in fmodel.parameters()) == sum(param.numel() for param in model.parameters())
+        assert sum(weight.numel() for weight in fmodel.parameters()) == sum(
+            param.numel() for param in model.parameters()
+        )
         assert torch.cat([weight.flatten() for weight in fmodel.parameters()]).requires_grad
         assert nn.utils.parameters_to_vector(fmodel.parameters()).requires_grad
         diffopt.step(loss_of(fmodel))
@@ -533,7 +552,9 @@ def test_get_parameter(setting: dict[str, Any]) -> None:
 
 @every_setting
 @pytest.mark.parametrize("value", [nn.Parameter, lambda weight: weight], ids=["parameter", "tensor"])
-def test_a_weight_assigned_by_name_is_right_or_refused(value: Callable[[Tensor], Tensor], setting: dict[str, Any]) -> None:
+def test_a_weight_assigned_by_name_is_right_or_refused(
+    value: Callable[[Tensor], Tensor], setting: dict[str, Any]
+) -> None:
     """`fmodel.layer.weight = ...` in the loop; what is right is `update_params` with that weight replaced."""
 
     def run(setting: dict[str, Any], assign: bool) -> list[Tensor]:
@@ -547,11 +568,16 @@ def test_a_weight_assigned_by_name_is_right_or_refused(value: Callable[[Tensor],
                         fmodel.encoder[0].weight = new
                         assert fmodel.encoder[0].weight is new
                     else:
-                        fmodel.update_params([
-                            new if name == "encoder.0.weight" else weight for name, weight in fmodel.named_parameters()
-                        ])
+                        fmodel.update_params(
+                            [
+                                new if name == "encoder.0.weight" else weight
+                                for name, weight in fmodel.named_parameters()
+                            ]
+                        )
                 diffopt.step(loss_of(fmodel))
-            assert fmodel.encoder[0].weight is next(weight for name, weight in fmodel.named_parameters() if name == "encoder.0.weight")
+            assert fmodel.encoder[0].weight is next(
+                weight for name, weight in fmodel.named_parameters() if name == "encoder.0.weight"
+            )
             outer = loss_of(fmodel.eval())
         names = [name for name, _ in model.named_parameters() if "other" not in name and name != "encoder.0.weight"]
         return list(torch.autograd.grad(outer, [model.get_parameter(name) for name in names]))
@@ -639,7 +665,11 @@ class Functions(nn.Module):
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.attention, self.head = nn.Linear(3, 4), nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 1)
+        self.up, self.attention, self.head = (
+            nn.Linear(3, 4),
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            nn.Linear(4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x).view(2, 4, 4)

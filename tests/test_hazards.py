@@ -73,7 +73,9 @@ def outer_loss(fnet: Any) -> Tensor:
     return (fnet(X) - Y).square().mean()
 
 
-def loop_of(body: Body, model: Callable[[], nn.Module] = mlp, outer: Callable[[Any], Tensor] = outer_loss) -> Callable[..., Any]:
+def loop_of(
+    body: Body, model: Callable[[], nn.Module] = mlp, outer: Callable[[Any], Tensor] = outer_loss
+) -> Callable[..., Any]:
     """A whole loop as `assert_matches_unrolled` wants it: `body` between entering and leaving, the gradient after it."""
 
     def loop(**settings: Any) -> tuple[Tensor | None, ...]:
@@ -86,13 +88,16 @@ def loop_of(body: Body, model: Callable[[], nn.Module] = mlp, outer: Callable[[A
     return loop
 
 
-def assert_exact(body: Body, model: Callable[[], nn.Module] = mlp, outer: Callable[[Any], Tensor] = outer_loss, rtol: float = 1e-9) -> None:
+def assert_exact(
+    body: Body, model: Callable[[], nn.Module] = mlp, outer: Callable[[Any], Tensor] = outer_loss, rtol: float = 1e-9
+) -> None:
     """The gradient is the full unroll's, for short, long and unbroken segments, with both replays."""
     assert_matches_unrolled(loop_of(body, model, outer), rtol=rtol)
 
 
 def assert_exact_or_refused(loop: Callable[..., Any], **more: Any) -> list[str]:
     """Every setting gives the unroll's gradient or raises one of this package's errors; returns what each did."""
+
     def run(**settings: Any) -> list[Tensor | None]:
         torch.manual_seed(0)
         return list(loop(**settings))
@@ -105,13 +110,23 @@ def assert_exact_or_refused(loop: Callable[..., Any], **more: Any) -> list[str]:
             outcomes.append(type(error).__name__)
             continue
         for ours, theirs in zip(found, reference, strict=True):
-            same = ours is theirs if theirs is None or ours is None else torch.allclose(ours, theirs, rtol=1e-8, atol=1e-12)
+            same = (
+                ours is theirs
+                if theirs is None or ours is None
+                else torch.allclose(ours, theirs, rtol=1e-8, atol=1e-12)
+            )
             assert same, f"silently wrong with {setting}: {ours} instead of {theirs}"
         outcomes.append("exact")
     return outcomes
 
 
-def assert_refused(body: Body, model: Callable[[], nn.Module] = mlp, match: str | None = None, error: Any = higher.LowmemError, **more: Any) -> None:
+def assert_refused(
+    body: Body,
+    model: Callable[[], nn.Module] = mlp,
+    match: str | None = None,
+    error: Any = higher.LowmemError,
+    **more: Any,
+) -> None:
     """Every setting raises, in the loop or in the backward."""
     for setting in SETTINGS:
         torch.manual_seed(0)
@@ -280,7 +295,9 @@ def autocast_loop(inside_model: bool, toggled: bool, backward_inside: bool) -> C
         net = seeded(Net).float()
         x, y = X.float(), Y.float()
         with contextlib.ExitStack() as stack:
-            fnet, diffopt = stack.enter_context(higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **settings))
+            fnet, diffopt = stack.enter_context(
+                higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **settings)
+            )
             for t in range(STEPS):
                 with torch.autocast("cpu", torch.bfloat16, enabled=not inside_model and (not toggled or t % 2 == 0)):
                     out = fnet(x[t : t + 8])
@@ -300,7 +317,9 @@ def autocast_loop(inside_model: bool, toggled: bool, backward_inside: bool) -> C
 @pytest.mark.parametrize("backward_inside", [False, True], ids=["backward outside", "backward inside"])
 def test_R2_autocast_around_the_loop(inside_model: bool, toggled: bool, backward_inside: bool) -> None:
     """Guards: autocast's switches in `Ambient`. In bfloat16 the gradient differs by a percent, exact replays by nothing."""
-    assert_matches_unrolled(autocast_loop(inside_model, toggled, backward_inside), rtol=1e-5 if not inside_model else 1e-5)
+    assert_matches_unrolled(
+        autocast_loop(inside_model, toggled, backward_inside), rtol=1e-5 if not inside_model else 1e-5
+    )
 
 
 # --------------------------------------------------------------------------------------------------- 3 train and eval
@@ -309,7 +328,12 @@ def test_R2_autocast_around_the_loop(inside_model: bool, toggled: bool, backward
 class BatchNormNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.drop, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1)
+        self.first, self.norm, self.drop, self.last = (
+            nn.Linear(3, 4),
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.3),
+            nn.Linear(4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.drop(self.norm(self.first(x)).tanh()))
@@ -317,6 +341,7 @@ class BatchNormNet(nn.Module):
 
 def test_R2_eval_after_the_loop() -> None:
     """Guards: `ModuleState` keeps `training` of every submodule, and `applied` restores it."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         plain(fnet, diffopt)
         fnet.eval()
@@ -469,7 +494,9 @@ def test_R3_a_hidden_module_counts_its_statistics_once() -> None:
 
         with contextlib.suppress(higher.LowmemError):
             loop_of(plain, Student)(**setting)
-        assert teacher[1].num_batches_tracked in (0, 1, STEPS + 1), setting  # not at all, refused at once, or the loop's
+        assert teacher[1].num_batches_tracked in (0, 1, STEPS + 1), (
+            setting
+        )  # not at all, refused at once, or the loop's
 
 
 class MovingCenter(nn.Module):
@@ -519,6 +546,7 @@ def test_R3_a_buffer_shared_by_two_modules_stays_shared() -> None:
 
 def test_R2_hyperparameters_edited_between_steps() -> None:
     """Guards: `Trajectory._configured` keeps each step's own hyperparameters."""
+
     def body(fnet: Any, diffopt: Any) -> list[Tensor]:
         rate, momentum = torch.tensor(0.2, requires_grad=True), torch.tensor(0.5, requires_grad=True)
         for t in range(STEPS):
@@ -536,6 +564,7 @@ def test_R2_hyperparameters_edited_between_steps() -> None:
 
 def test_R4_a_hyperparameter_tensor_edited_in_place_is_refused() -> None:
     """Guards: hyperparameters are externals with a version."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         rate = torch.tensor(0.2)
         diffopt.param_groups[0]["lr"] = rate
@@ -583,6 +612,7 @@ def test_optimizer_state_edited_between_steps(how: str) -> None:
 
 def test_R4_an_external_modified_in_place_is_refused() -> None:
     """Guards: `StepRecord.stand_ins` compares versions."""
+
     def after_all_steps(fnet: Any, diffopt: Any) -> None:
         x = X.clone()
         for _ in range(STEPS):
@@ -625,6 +655,7 @@ def test_R4_an_external_modified_in_place_is_refused() -> None:
 
 def test_R4_an_external_modified_between_the_forward_and_the_step_is_refused() -> None:
     """Guards: `Externals.ref` compares versions."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             x, y = X.clone(), target if when == "outside" else Y.clone()
@@ -642,6 +673,7 @@ def test_R4_an_external_modified_between_the_forward_and_the_step_is_refused() -
 
 def test_R4_a_tensor_may_be_modified_before_it_is_read() -> None:
     """Refilling a buffer is right where each step takes its own copy, and augmenting a fresh batch in place always is."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         buffer = torch.empty(8, 3)
         for t in range(STEPS):
@@ -658,6 +690,7 @@ def test_R4_a_tensor_may_be_modified_before_it_is_read() -> None:
 
 def test_R4_a_tensor_attribute_of_the_model_modified_in_place_is_refused() -> None:
     """Guards: `ModuleState.versions`."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             diffopt.step(squared_error(fnet, t))
@@ -675,6 +708,7 @@ def test_R4_a_tensor_attribute_of_the_model_modified_in_place_is_refused() -> No
 
 def test_R4_fast_weights_modified_in_place_are_refused() -> None:
     """Guards: versions of weights in `_check_weights`, and of carries in `Carry.check_unmodified`."""
+
     def between_steps(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             diffopt.step(squared_error(fnet, t))
@@ -695,6 +729,7 @@ def test_R4_fast_weights_modified_in_place_are_refused() -> None:
 @pytest.mark.parametrize("how", ["data.clamp_", "data =", "detach().clamp_", "load_state_dict"])
 def test_R4_projecting_the_fast_weights_behind_the_graph_is_right_or_refused(how: str) -> None:
     """A common idiom, `p.data.clamp_(...)` after a step, that leaves no trace in any version."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             diffopt.step(squared_error(fnet, t))
@@ -814,6 +849,7 @@ class Quantized(nn.Module):
 @pytest.mark.parametrize("apply", [StraightThrough.apply, straight_through, lambda *args: StraightThrough.apply(*args)])
 def test_R8_a_custom_function_in_the_loop_keeps_its_own_backward(apply: Callable[..., Tensor]) -> None:
     """Guards: `intercepted_apply`, also for an alias made before the context."""
+
     def body(fnet: Any, diffopt: Any) -> list[Tensor]:
         step = torch.tensor(0.1, requires_grad=True)
         for t in range(STEPS):
@@ -926,6 +962,7 @@ def test_R9_the_way_out_works(inner_loss: Callable[..., Tensor]) -> None:
 def test_R9_unseen_dependence_in_a_single_step_is_refused(when: int) -> None:
     """Guards: the check at every step, not only at the first of a program."""
     for inner_loss in UNSEEN:
+
         def body(fnet: Any, diffopt: Any, inner_loss: Any = inner_loss) -> None:
             for t in range(STEPS):
                 x, y = batch(t)
@@ -936,6 +973,7 @@ def test_R9_unseen_dependence_in_a_single_step_is_refused(when: int) -> None:
 
 def test_R9_an_activation_stashed_by_one_call_and_read_by_the_next_is_refused() -> None:
     """Guards: the watcher finds it as an external, and `check_dependence` walks its graph to the fast weights."""
+
     class Remembers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -988,17 +1026,26 @@ class Boom(Exception):  # noqa: N818  # raised on purpose
 class Fuse(nn.Module):
     """A model that raises when told to."""
 
-    blown = False
+    blown: bool | str = False
+    draws = False
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = checkpoint(self.first, x, use_reentrant=False)
+        hidden = checkpoint(self.first_block, x, use_reentrant=False)
+        if Fuse.draws:
+            hidden = F.dropout(hidden, 0.3)
         if Fuse.blown:
             raise Boom
         return self.last(self.norm(hidden).tanh())
+
+    def first_block(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if Fuse.blown == "recompute":
+            raise Boom
+        return hidden
 
 
 class Bang(torch.autograd.Function):
@@ -1012,8 +1059,8 @@ class Bang(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def blown() -> Iterator[None]:
-    Fuse.blown = True
+def blown(how: bool | str = True) -> Iterator[None]:
+    Fuse.blown = how
     try:
         yield
     finally:
@@ -1036,6 +1083,10 @@ def fail_in_loss_code(fnet: Any, diffopt: Any) -> None:
 
 def fail_in_an_operation(fnet: Any, diffopt: Any) -> None:
     fnet.last(torch.zeros(2, 3))
+
+
+def fail_in_an_operation_of_the_loop(fnet: Any, diffopt: Any) -> None:
+    fnet.last(torch.ones(1, 4)) @ torch.ones(3, 3)
 
 
 def fail_in_a_submodule(fnet: Any, diffopt: Any) -> None:
@@ -1074,6 +1125,7 @@ FAILURES = [
     fail_in_forward,
     fail_in_loss_code,
     fail_in_an_operation,
+    fail_in_an_operation_of_the_loop,
     fail_in_a_submodule,
     fail_in_grad_callback,
     fail_in_fn,
@@ -1136,6 +1188,7 @@ def test_R12_an_exception_in_the_loop_changes_nothing(
 @pytest.mark.parametrize("fail", FAILURES)
 def test_R12_the_loop_goes_on_after_an_exception(fail: Callable[[Any, Any], None]) -> None:
     """Guards: nothing of a failed attempt is left in the recorder, the trajectory or the twin."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             if t % 3 == 1:
@@ -1146,31 +1199,88 @@ def test_R12_the_loop_goes_on_after_an_exception(fail: Callable[[Any, Any], None
     assert_exact(body, Fuse)
 
 
+@contextlib.contextmanager
+def other_switches() -> Iterator[None]:
+    """Some of what a replay restores, set for the loop only; and the model draws random numbers."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    Fuse.draws = True
+    try:
+        with torch.backends.cudnn.flags(enabled=False, deterministic=True), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        Fuse.draws = False
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_R12_an_exception_in_a_replay_changes_nothing_and_the_loop_goes_on(
     setting: dict[str, Any], global_state: Callable[[], Any]
 ) -> None:
-    """Guards: the twin, the modes and the generators are restored in `finally`; the user's fmodel is never touched."""
-    expected = loop_of(plain, Fuse)()
+    """Guards: the twin, the switches and the generators are restored in `finally`; the user's fmodel is never touched."""
+
+    def train(fnet: Any, diffopt: Any, steps: range) -> None:
+        with other_switches():
+            for t in steps:
+                diffopt.step(squared_error(fnet, t))
+
+    def all_steps(fnet: Any, diffopt: Any) -> None:
+        train(fnet, diffopt, range(STEPS))
+
+    torch.manual_seed(0)
+    expected = loop_of(all_steps, Fuse)()
+    torch.manual_seed(0)
     net = seeded(Fuse)
     opt = sgd(net)
     with higher.innerloop_ctx(net, opt, copy_initial_weights=False, **setting) as (fnet, diffopt):
-        for t in range(3):
-            diffopt.step(squared_error(fnet, t))
+        train(fnet, diffopt, range(3))
         outer = fnet.last.weight.sum()
         before, flags, rng = everything(net, opt, fnet, diffopt), global_state(), torch.get_rng_state()
+        Fuse.draws = True
         with pytest.raises(Boom), blown():
             outer.backward(retain_graph=True)
+        Fuse.draws = False
         after = everything(net, opt, fnet, diffopt)
         for name, value in before.items():
             assert same(value, after[name]), name
         assert global_state() == flags
         assert torch.equal(torch.get_rng_state(), rng)
-        for t in range(3, STEPS):
-            diffopt.step(squared_error(fnet, t))
-    found = torch.autograd.grad(outer_loss(fnet), list(net.parameters()))
+        train(fnet, diffopt, range(3, STEPS))
+    Fuse.draws = True  # a replay cannot know of this global
+    found = torch.autograd.grad(outer_loss_without(fnet), list(net.parameters()))
+    Fuse.draws = False
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def outer_loss_without(fnet: Any) -> Tensor:
+    """The outer loss, computed by a forward that draws nothing."""
+    Fuse.draws = False
+    try:
+        return outer_loss(fnet)
+    finally:
+        Fuse.draws = True
+
+
+@pytest.mark.parametrize("setting", [{}, *SETTINGS], ids=str)
+def test_R12_an_exception_in_a_recomputation_leaves_the_current_weights(setting: dict[str, Any]) -> None:
+    """Guards: the `finally` of `ParameterSlots.installed`, where a checkpointed block of an earlier time runs again."""
+    net = seeded(Fuse)
+    opt = sgd(net)
+    with higher.innerloop_ctx(net, opt, copy_initial_weights=False, **setting) as (fnet, diffopt):
+        diffopt.step(squared_error(fnet, 0))
+        outer = outer_loss(fnet)
+        for t in range(3):
+            diffopt.step(squared_error(fnet, t))
+        before = everything(net, opt, fnet, diffopt)
+        prediction = fnet.eval()(X)
+        with pytest.raises(Boom), blown("recompute"):
+            outer.backward(retain_graph=True)
+        fnet.train()
+        after = everything(net, opt, fnet, diffopt)
+        for name, value in before.items():
+            assert same(value, after[name]), name
+        assert torch.equal(fnet.eval()(X), prediction)
 
 
 @pytest.mark.parametrize("setting", [{}, *SETTINGS[2:4]], ids=str)
@@ -1192,6 +1302,7 @@ def test_R12_an_exception_leaves_the_context(setting: dict[str, Any], global_sta
 @pytest.mark.parametrize("closing", ["first opened first", "last opened first"])
 def test_two_contexts_open_at_once_and_closed_in_either_order(closing: str) -> None:
     """Guards: one recorder per thread with a window per trajectory, and `_remove_mode`."""
+
     def loop(**settings: Any) -> tuple[Tensor, ...]:
         nets = [seeded(mlp), seeded(dropout_net)]
         stacks = [contextlib.ExitStack(), contextlib.ExitStack()]
@@ -1219,11 +1330,18 @@ def test_two_contexts_open_at_once_and_closed_in_either_order(closing: str) -> N
 
 def test_one_model_feeds_the_loss_of_another_and_back() -> None:
     """Guards: weights of the other trajectory are externals with a gradient; its steps do not end our window."""
+
     def loop(**settings: Any) -> tuple[Tensor, ...]:
         student, teacher = seeded(mlp), seeded(mlp)
         with (
-            higher.innerloop_ctx(student, sgd(student), copy_initial_weights=False, **settings) as (fstudent, opt_student),
-            higher.innerloop_ctx(teacher, sgd(teacher), copy_initial_weights=False, **settings) as (fteacher, opt_teacher),
+            higher.innerloop_ctx(student, sgd(student), copy_initial_weights=False, **settings) as (
+                fstudent,
+                opt_student,
+            ),
+            higher.innerloop_ctx(teacher, sgd(teacher), copy_initial_weights=False, **settings) as (
+                fteacher,
+                opt_teacher,
+            ),
         ):
             for t in range(STEPS):
                 x, y = batch(t)
@@ -1241,6 +1359,7 @@ def test_one_model_feeds_the_loss_of_another_and_back() -> None:
 
 def test_a_loss_that_depends_on_another_models_weights_of_before_its_step() -> None:
     """A loss built before the other's step and stepped on after it."""
+
     def loop(**settings: Any) -> tuple[Tensor, ...]:
         one, other = seeded(mlp), seeded(mlp)
         with (
@@ -1260,6 +1379,7 @@ def test_a_loss_that_depends_on_another_models_weights_of_before_its_step() -> N
 
 def test_contexts_held_by_generators_are_interleaved() -> None:
     """Guards: the recorder's mode leaves the stack also from below others."""
+
     def train(settings: dict[str, Any]) -> Iterator[tuple[Any, nn.Module]]:
         net = seeded(mlp)
         with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **settings) as (fnet, diffopt):
@@ -1285,11 +1405,15 @@ def test_contexts_held_by_generators_are_interleaved() -> None:
 
 def test_a_context_inside_another_with_its_own_data() -> None:
     """One inner loop per outer step, as a meta-training loop inside a checkpointed one."""
+
     def loop(**settings: Any) -> tuple[Tensor, ...]:
         net, small = seeded(mlp), seeded(mlp)
         with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **settings) as (fnet, diffopt):
             for t in range(STEPS):
-                with higher.innerloop_ctx(small, sgd(small), copy_initial_weights=False, **settings) as (fsmall, opt_small):
+                with higher.innerloop_ctx(small, sgd(small), copy_initial_weights=False, **settings) as (
+                    fsmall,
+                    opt_small,
+                ):
                     for s in range(3):
                         opt_small.step(squared_error(fsmall, s))
                     target = fsmall(batch(t)[0])
@@ -1301,12 +1425,16 @@ def test_a_context_inside_another_with_its_own_data() -> None:
 
 def test_R9_a_checkpointed_context_inside_a_step_of_another_is_refused_and_an_unrolled_one_is_not() -> None:
     """The inner loop's result depends on the outer one's weights: a derivative of a derivative."""
+
     def loop(inner: dict[str, Any], **settings: Any) -> tuple[Tensor, ...]:
         net, small = seeded(mlp), seeded(mlp)
         with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **settings) as (fnet, diffopt):
             for t in range(3):
                 x, y = batch(t)
-                with higher.innerloop_ctx(small, sgd(small), copy_initial_weights=False, **inner) as (fsmall, opt_small):
+                with higher.innerloop_ctx(small, sgd(small), copy_initial_weights=False, **inner) as (
+                    fsmall,
+                    opt_small,
+                ):
                     for _ in range(2):
                         opt_small.step((fsmall(x) - fnet(x)).square().mean())
                     loss = (fsmall(x) - y).square().mean()
@@ -1334,6 +1462,7 @@ def test_recording_stops_with_the_last_context(global_state: Callable[[], Any]) 
 
 def test_a_mode_of_the_user_may_overlap_the_context(global_state: Callable[[], Any]) -> None:
     """Guards: `_remove_mode` takes the recorder off from below another mode, and leaves that one in place."""
+
     class Mine(torch.overrides.TorchFunctionMode):
         calls = 0
 
@@ -1399,6 +1528,7 @@ def test_R11_backward_twice_without_retain_graph_is_refused(setting: dict[str, A
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_several_outer_losses_one_by_one_or_summed(setting: dict[str, Any]) -> None:
     """Guards: pulling back a prefix of the steps again and again, with the graph retained."""
+
     def gradients(one_by_one: bool, **setting: Any) -> list[Tensor]:
         net = seeded(mlp)
         losses = []
@@ -1420,16 +1550,22 @@ def test_several_outer_losses_one_by_one_or_summed(setting: dict[str, Any]) -> N
 
 def test_backward_inside_the_context_and_the_loop_goes_on() -> None:
     """Guards: a backward records nothing, and ends no window (truncated backpropagation)."""
+
     def loop(**settings: Any) -> list[Tensor | None]:
         net = seeded(BatchNormNet)
         rate = torch.tensor(0.2, requires_grad=True)
         grads: list[Tensor | None] = []
-        with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, override={"lr": [rate]}, **settings) as (fnet, diffopt):
+        with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, override={"lr": [rate]}, **settings) as (
+            fnet,
+            diffopt,
+        ):
             for t in range(2 * STEPS):
                 x, y = batch(t)
                 out = fnet(x)
                 if t in (4, 9):
-                    grads += torch.autograd.grad(outer_loss(fnet), [*fnet.parameters(time=1 if t == 4 else 6), rate], retain_graph=True)
+                    grads += torch.autograd.grad(
+                        outer_loss(fnet), [*fnet.parameters(time=1 if t == 4 else 6), rate], retain_graph=True
+                    )
                 diffopt.step((out - y).square().mean())
                 if t in (4, 9):  # cut: what went before gets no gradient any more
                     grads += torch.autograd.grad(outer_loss(fnet), [rate])
@@ -1461,6 +1597,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize("by_function", [True, False])
 def test_a_hidden_state_is_carried_from_step_to_step(detached: bool, by_function: bool) -> None:
     """Guards: `retain_graph=True` in the first-order gradient; a tensor of an earlier step is an external with a gradient."""
+
     def loop(**settings: Any) -> tuple[Tensor | None, ...]:
         net = seeded(Recurrent)
         start = torch.zeros(8, 5, requires_grad=True)
@@ -1550,6 +1687,7 @@ def test_R2_switches_are_restored_in_replays(name: str, where: str) -> None:
 
 def test_R2_grad_mode_is_restored_in_replays() -> None:
     """Guards: the first entry of `_SWITCHES`. With a gradient the weights below would pass one on."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             with torch.no_grad():
@@ -1596,6 +1734,7 @@ def test_R2_default_device_is_restored_or_refused() -> None:
 
 def test_control_flow_that_depends_on_data_and_weights() -> None:
     """Forward is run again from the same carry, so it takes the same branch; the loop's own branches are recorded."""
+
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1631,6 +1770,7 @@ def test_control_flow_that_depends_on_data_and_weights() -> None:
 )
 def test_R2_attributes_of_the_model_changed_between_steps(edit: Callable[[Any, int], None]) -> None:
     """Guards: `ModuleState` keeps plain attributes and tensors of every submodule."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             edit(fnet, t)
@@ -1659,6 +1799,7 @@ RARE = [
 @pytest.mark.parametrize("when", [2, 5])
 def test_R10_any_other_change_of_the_model_is_right_or_refused(change: Callable[[Any], Any], when: int) -> None:
     """From some step on; every step must be looked at, since checks of the 1st, 2nd, 4th and 8th use alone miss it."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             if t == when:
@@ -1666,6 +1807,34 @@ def test_R10_any_other_change_of_the_model_is_right_or_refused(change: Callable[
             diffopt.step(squared_error(fnet, t))
 
     assert_exact_or_refused(loop_of(body, Masked))
+
+
+@pytest.mark.parametrize(
+    "change", [change for name, change in RARE if name in ("a submodule", "a forward hook", "a backward hook")]
+)
+def test_R9_a_changed_structure_is_refused_in_the_loop(change: Callable[[Any], Any]) -> None:
+    """Guards: `structure_of`. What a replay cannot follow is said at once, not hours later."""
+    net = seeded(Masked)
+    with higher.innerloop_ctx(net, sgd(net), checkpoint_every=3) as (fnet, diffopt):
+        plain(fnet, diffopt)
+        change(fnet)
+        with pytest.raises(higher.RecordError, match="submodule was added.*before innerloop_ctx"):
+            diffopt.step(squared_error(fnet, 0))
+
+
+def test_R9_a_hook_on_a_tensor_is_refused_in_the_loop() -> None:
+    """Guards: `Recorder.hooked`."""
+    net = seeded(mlp)
+    with higher.innerloop_ctx(net, sgd(net), checkpoint_every=3) as (fnet, diffopt):
+        plain(fnet, diffopt)
+        handle = fnet[0].weight.register_hook(lambda grad: 2 * grad)
+        with pytest.raises(higher.RecordError, match="hook"):
+            diffopt.step(squared_error(fnet, 0))
+        handle.remove()
+        out = fnet(X)
+        out.register_hook(lambda grad: 2 * grad)
+        with pytest.raises(higher.RecordError, match="hook"):
+            diffopt.step((out - Y).square().mean())
 
 
 _gain = [1.0]
@@ -1686,6 +1855,7 @@ class ReadsGlobals(nn.Module):
 @pytest.mark.parametrize("what", ["number", "tensor", "tensor with gradient"])
 def test_R10_globals_that_forward_reads_are_right_or_refused(what: str, restored: bool, when: int) -> None:
     """Guards: the check of every step, and of tensors that a replay reads and the loop did not."""
+
     def body(fnet: Any, diffopt: Any) -> list[Tensor]:
         leaf = torch.tensor(1.5, requires_grad=True)
         _gain[0], _learned[0] = 1.0, torch.ones(())
@@ -1704,6 +1874,7 @@ def test_R10_globals_that_forward_reads_are_right_or_refused(what: str, restored
 @pytest.mark.parametrize("when", [0, 2, 6])
 def test_R10_a_hook_on_a_tensor_of_the_loop_is_right_or_refused(when: int) -> None:
     """`register_hook` changes the gradient but not the loss."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             x, y = batch(t)
@@ -1715,9 +1886,23 @@ def test_R10_a_hook_on_a_tensor_of_the_loop_is_right_or_refused(when: int) -> No
     assert_exact_or_refused(loop_of(body))
 
 
+def test_R6_grad_callback_with_a_rebound_tensor_is_right_or_refused() -> None:
+    """Guards: a replayed callback that reads a tensor which the loop's did not; all values agree, the gradient is lost."""
+
+    def body(fnet: Any, diffopt: Any) -> list[Tensor]:
+        leaf = torch.tensor(0.5, requires_grad=True)
+        for t in range(STEPS):
+            scale = leaf * 1.0
+            diffopt.step(squared_error(fnet, t), grad_callback=lambda grads: [scale * grad for grad in grads])  # noqa: B023
+        return [leaf]
+
+    assert_exact_or_refused(loop_of(body))
+
+
 @pytest.mark.parametrize("what", ["number", "tensor with gradient", "weights by closure"])
 def test_R10_what_grad_callback_reads_is_right_or_refused(what: str) -> None:
     """Guards: the gradients are checked after the callback; a replayed callback gets the weights of its own step."""
+
     def body(fnet: Any, diffopt: Any) -> list[Tensor]:
         leaf, gain = torch.tensor(0.5, requires_grad=True), [1.0, torch.ones(())]
 
@@ -1738,6 +1923,7 @@ def test_R10_what_grad_callback_reads_is_right_or_refused(what: str) -> None:
 
 def test_R6_grad_callback_with_weights_and_learned_tensors() -> None:
     """A learned optimizer: a network applied to gradients and weights."""
+
     def body(fnet: Any, diffopt: Any) -> list[Tensor]:
         rule = seeded(lambda: nn.Linear(2, 1))
 
@@ -1819,6 +2005,7 @@ class Decoder(nn.Module):
 
 def test_R6_tensors_inside_an_ordered_dictionary_get_their_gradient() -> None:
     """What Hugging Face models take and return. Guards: the same tensors are found in the loop and in the replay."""
+
     def body(fnet: Any, diffopt: Any) -> list[Tensor]:
         shift = torch.zeros(3, requires_grad=True)
         for t in range(STEPS):
@@ -1949,6 +2136,7 @@ def test_a_model_may_hold_what_cannot_be_copied() -> None:
 @pytest.mark.parametrize("when", [0, 2, 6])
 def test_R10_verify_all_finds_a_change_at_any_step(when: int) -> None:
     """Guards: `verify="all"` checks every replay."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             _gain[0] = 2.0 if t == when else 1.0
@@ -1956,11 +2144,14 @@ def test_R10_verify_all_finds_a_change_at_any_step(when: int) -> None:
             diffopt.step(squared_error(fnet, t))
         _gain[0] = 1.0
 
-    assert_refused(body, ReadsGlobals, error=higher.ReplayMismatchError, match=f"step {when}.*Likely causes", verify="all")
+    assert_refused(
+        body, ReadsGlobals, error=higher.ReplayMismatchError, match=f"step {when}.*Likely causes", verify="all"
+    )
 
 
 def test_R10_verify_new_checks_each_new_program() -> None:
     """Guards: the first use of a program is checked, whenever it comes."""
+
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
             _gain[0], _learned[0] = (2.0, torch.ones(())) if t == 4 else (1.0, torch.ones(()))
@@ -2042,7 +2233,10 @@ def test_R11_memory_is_back_after_the_backward(setting: dict[str, Any]) -> None:
             for entry in entries.values():
                 entry.update({name: value.detach() for name, value in entry.items()})
 
-    with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **setting) as (fnet, diffopt), live_bytes() as memory:
+    with (
+        higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, **setting) as (fnet, diffopt),
+        live_bytes() as memory,
+    ):
         levels = []
         for _ in range(4):
             start = list(fnet.parameters())
@@ -2084,7 +2278,10 @@ def nodes_alive() -> int:
 def test_evaluations_between_two_steps_leave_nothing(evaluate: Callable[[Any, Tensor, list[Any]], None]) -> None:
     """Guards: the shadow graph is held by the tensors of the user alone. 10,000 batches in all."""
     net = seeded(big_net)
-    with higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, checkpoint_every=3) as (fnet, diffopt), live_bytes() as memory:
+    with (
+        higher.innerloop_ctx(net, sgd(net), copy_initial_weights=False, checkpoint_every=3) as (fnet, diffopt),
+        live_bytes() as memory,
+    ):
         for _ in range(2):
             diffopt.step(fnet(torch.ones(4, 50)).square().mean())
         kept: list[Any] = [torch.zeros((), dtype=torch.long), torch.zeros(()), torch.zeros(16, 10)]
@@ -2135,6 +2332,7 @@ def test_results_of_evaluations_that_are_kept_cost_their_own_bytes_only(what: st
 @pytest.mark.parametrize("detached", [True, False])
 def test_activations_that_the_model_keeps_on_itself_do_not_pile_up(detached: bool) -> None:
     """Guards: the state of the model that a step records does not hold the graph of the step before."""
+
     class Remembers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -2246,7 +2444,9 @@ def test_a_checkpoint_begun_in_another_thread_keeps_clear_of_our_weights() -> No
 
 
 @pytest.mark.parametrize("inside", ["context", "forward"])
-def test_contexts_of_two_threads_overlap_and_leave_torch_as_it_was(inside: str, global_state: Callable[[], Any]) -> None:
+def test_contexts_of_two_threads_overlap_and_leave_torch_as_it_was(
+    inside: str, global_state: Callable[[], Any]
+) -> None:
     """Guards: what is patched for the process is counted by thread. conftest would see what is left behind, too."""
     flags = global_state()
     entered = [threading.Event(), threading.Event()]

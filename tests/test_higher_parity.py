@@ -154,7 +154,9 @@ def test_batch_norm_statistics_are_those_of_higher(settings: dict[str, Any]) -> 
         assert not any(value.requires_grad for value in found.values())
         return found
 
-    for (name, expected), found in zip(statistics(higher).items(), statistics(lowmem_higher, **settings).values(), strict=True):
+    for (name, expected), found in zip(
+        statistics(higher).items(), statistics(lowmem_higher, **settings).values(), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, msg=name)
 
 
@@ -264,7 +266,10 @@ def test_no_tracking_trains_the_same_and_leaves_no_graph() -> None:
     def trained(library: Any, **settings: Any) -> list[Tensor]:
         run = Run(6, library, track_higher_grads=False, **settings)
         net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
-        with run.context(net, torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, nesterov=True)) as (fnet, diffopt):
+        with run.context(net, torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, nesterov=True)) as (
+            fnet,
+            diffopt,
+        ):
             for t in range(run.steps):
                 diffopt.step((fnet(x[rows(t)]) - y[rows(t)]).square().mean())
                 assert all(param.is_leaf and param.requires_grad for param in fnet.parameters())
@@ -333,7 +338,9 @@ def init_without_tracking(library: Any) -> None:
         (init_without_tracking, Exception),
     ],
 )
-def test_mistakes_raise_errors_of_the_same_type(mistake: Callable[[Any], None], error: type[Exception], library: Any) -> None:
+def test_mistakes_raise_errors_of_the_same_type(
+    mistake: Callable[[Any], None], error: type[Exception], library: Any
+) -> None:
     with pytest.raises(error) as raised:
         mistake(library)
     assert error is Exception or type(raised.value) is error

@@ -628,7 +628,7 @@ def in_fresh_process(code: str, *arguments: object) -> dict[str, Any]:
     more a level: it would overflow so small a stack here, and the usual 8 MiB a little later on a user's machine.
     """
     program = f"""
-import gc, json, resource, sys, threading, tracemalloc
+import gc, json, sys, threading, tracemalloc
 import psutil, torch
 from torch import nn
 import lowmem_higher as higher
@@ -678,11 +678,21 @@ if how == "python":
 else:
     found["after_loop"] = (psutil.Process().memory_info().rss - rss) / steps
 lr.grad = None
+peak, done = [0], threading.Event()
+
+def watch():
+    while not done.wait(0.01):
+        peak[0] = max(peak[0], psutil.Process().memory_info().rss)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
 outer.backward(retain_graph=how == "process")
+done.set()
+watcher.join()
 if how == "python":
     found["peak"] = tracemalloc.get_traced_memory()[1] / steps
 else:
-    found["peak"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - rss) / steps
+    found["peak"] = (peak[0] - rss) / steps
 found["gradient"] = lr.grad.item()
 found["runs"] = diffopt.report.second_order_runs
 del outer, diffopt

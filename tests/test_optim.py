@@ -27,7 +27,11 @@ def combinations(**options: tuple[Any, ...]) -> Iterator[Option]:
 SGD: list[Option] = [
     {"opt": torch.optim.SGD, "lr": 0.1, **option}
     for option in combinations(
-        momentum=(0.0, 0.9), dampening=(0.0, 0.3), nesterov=(False, True), weight_decay=(0.0, 0.1), maximize=(False, True)
+        momentum=(0.0, 0.9),
+        dampening=(0.0, 0.3),
+        nesterov=(False, True),
+        weight_decay=(0.0, 0.1),
+        maximize=(False, True),
     )
     if not option["nesterov"] or (option["momentum"] > 0 and option["dampening"] == 0)
 ]
@@ -97,7 +101,12 @@ def torch_steps(opt: torch.optim.Optimizer, net: nn.Module, steps: range) -> Ite
 @pytest.mark.parametrize(
     ("several", "warm", "N"),
     [(False, False, None), (True, True, None), (True, False, 2), (False, True, 2)],
-    ids=["one group, cold", "several groups, warm", "several groups, cold, checkpointed", "one group, warm, checkpointed"],
+    ids=[
+        "one group, cold",
+        "several groups, warm",
+        "several groups, cold, checkpointed",
+        "one group, warm, checkpointed",
+    ],
 )
 @pytest.mark.parametrize("option", RULES, ids=label)
 def test_steps_equal_those_of_torch_optim(option: Option, several: bool, warm: bool, N: int | None) -> None:
@@ -120,7 +129,9 @@ def test_steps_equal_those_of_torch_optim(option: Option, several: bool, warm: b
 
 def assert_equal_to(opt: torch.optim.Optimizer, net: nn.Module, fnet: Any, diffopt: DifferentiableOptimizer) -> None:
     for (name, theirs), ours in zip(net.named_parameters(), fnet.parameters(), strict=True):
-        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for group, entries in zip(opt.param_groups, diffopt.state, strict=True):
         for index, param in enumerate(group["params"]):
             expected = {key: value for key, value in opt.state.get(param, {}).items() if value is not None}
@@ -138,7 +149,15 @@ HYPERPARAMETERS = {
     torch.optim.Adam: ("lr", "betas[0]", "betas[1]", "eps", "weight_decay"),
     torch.optim.AdamW: ("lr", "betas[0]", "betas[1]", "eps", "weight_decay"),
 }
-START = {"lr": 0.07, "momentum": 0.7, "dampening": 0.2, "weight_decay": 0.15, "betas[0]": 0.8, "betas[1]": 0.9, "eps": 0.02}
+START = {
+    "lr": 0.07,
+    "momentum": 0.7,
+    "dampening": 0.2,
+    "weight_decay": 0.15,
+    "betas[0]": 0.8,
+    "betas[1]": 0.9,
+    "eps": 0.02,
+}
 
 
 def with_tensor(name: str, value: Tensor) -> Option:
@@ -207,10 +226,14 @@ def derivative(outer: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
 @pytest.mark.parametrize(
-    ("opt", "name"), [(opt, name) for opt, names in HYPERPARAMETERS.items() for name in names], ids=lambda v: getattr(v, "__name__", v)
+    ("opt", "name"),
+    [(opt, name) for opt, names in HYPERPARAMETERS.items() for name in names],
+    ids=lambda v: getattr(v, "__name__", v),
 )
 def test_hyperparameters_with_dimensions(opt: type[torch.optim.Optimizer], name: str, shape: tuple[int, ...]) -> None:
-    option = next(o for o in RULES if o["opt"] is opt and o["weight_decay"] and o.get("momentum", 1) and not o.get("nesterov"))
+    option = next(
+        o for o in RULES if o["opt"] is opt and o["weight_decay"] and o.get("momentum", 1) and not o.get("nesterov")
+    )
     outer = outer_loss(option, name, warm=False, checkpoint_every=2)
     plain = derivative(outer, torch.tensor(START[name]))
     shaped = derivative(outer, torch.full(shape, START[name]))
@@ -356,7 +379,10 @@ def test_an_unknown_optimizer_is_refused_with_the_way_out() -> None:
         lowmem_higher.get_diff_optim(Signed(net.parameters()), net.parameters())
 
 
-@pytest.mark.parametrize("pair", [(Net, DifferentiableSGD), (Signed, Net), (Signed, 3), (Signed(nn.Linear(1, 1).parameters()), DifferentiableSGD)])
+@pytest.mark.parametrize(
+    "pair",
+    [(Net, DifferentiableSGD), (Signed, Net), (Signed, 3), (Signed(nn.Linear(1, 1).parameters()), DifferentiableSGD)],
+)
 def test_register_optim_refuses_what_is_no_optimizer(pair: tuple[Any, Any]) -> None:
     with pytest.raises(TypeError, match="register_optim needs"):
         lowmem_higher.register_optim(*pair)
@@ -389,7 +415,10 @@ def test_the_torch_optimizer_and_its_state_stay_as_they_were() -> None:
         pass
     before = {(id(p), key): value.clone() for p, entry in opt.state.items() for key, value in entry.items()}
     weights = [param.detach().clone() for param in net.parameters()]
-    with lowmem_higher.innerloop_ctx(net, opt, override={"lr": [torch.tensor(1.0)]}, checkpoint_every=2) as (fnet, diffopt):
+    with lowmem_higher.innerloop_ctx(net, opt, override={"lr": [torch.tensor(1.0)]}, checkpoint_every=2) as (
+        fnet,
+        diffopt,
+    ):
         for step in range(4):
             diffopt.step(inner_loss(fnet, step))
     assert isinstance(diffopt, DifferentiableAdam)

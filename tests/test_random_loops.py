@@ -116,7 +116,15 @@ def arithmetic(w: World, a: int, b: int) -> Tensor:
 @operation
 def functions(w: World, a: int, b: int) -> Tensor:
     x = w.pick(a)
-    return [x.sin(), F.softplus(x), x.softmax(1), x.cumsum(0), x.abs().sqrt().tanh(), F.layer_norm(x, (3,)), x.logsumexp(1, keepdim=True) + x][b % 7]
+    return [
+        x.sin(),
+        F.softplus(x),
+        x.softmax(1),
+        x.cumsum(0),
+        x.abs().sqrt().tanh(),
+        F.layer_norm(x, (3,)),
+        x.logsumexp(1, keepdim=True) + x,
+    ][b % 7]
 
 
 @operation
@@ -231,12 +239,21 @@ def noise(w: World, a: int, b: int) -> Tensor:
 @operation
 def from_outside(w: World, a: int, b: int) -> Tensor:
     x = w.pick(a)
-    return [x * w.outside, x + w.leaves["outside"].exp() * 0.1, x + torch.sigmoid(w.leaves["outside"]), x * w.kept[b % len(w.kept)]][b % 4]
+    return [
+        x * w.outside,
+        x + w.leaves["outside"].exp() * 0.1,
+        x + torch.sigmoid(w.leaves["outside"]),
+        x * w.kept[b % len(w.kept)],
+    ][b % 4]
 
 
 @operation
 def leaf_in_the_loop(w: World, a: int, b: int) -> Tensor:
-    leaf = torch.full(SIZE, 0.3, dtype=torch.float64, requires_grad=True) if b % 2 else torch.zeros_like(w.pick(a)).requires_grad_()
+    leaf = (
+        torch.full(SIZE, 0.3, dtype=torch.float64, requires_grad=True)
+        if b % 2
+        else torch.zeros_like(w.pick(a)).requires_grad_()
+    )
     w.run.inputs[f"leaf {len(w.run.inputs)}"] = leaf
     return w.pick(a) * leaf.cos() + leaf
 
@@ -245,7 +262,11 @@ def leaf_in_the_loop(w: World, a: int, b: int) -> Tensor:
 def decay_of_parameters(w: World, a: int, b: int) -> None:
     params = list(w.fnet.parameters())
     start = list(w.fnet.parameters(time=0))
-    terms = [p.square().sum() for p in params] if b % 2 else [(p - q).square().sum() for p, q in zip(params, start, strict=True)]
+    terms = (
+        [p.square().sum() for p in params]
+        if b % 2
+        else [(p - q).square().sum() for p, q in zip(params, start, strict=True)]
+    )
     w.penalty.append(0.05 * torch.stack(terms).sum())
     if a % 3 == 0:
         w.penalty.append(w.fnet.first.weight.sin().sum() * 0.05)
@@ -388,7 +409,11 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
 
 
 def loop(spec: Spec, run: Run) -> Tensor:
-    leaves = {"outside": run.leaf("outside", 0.3 * run.data(*SIZE)), "shift": run.leaf("shift", 0.3 * run.data(3)), "log_lr": run.leaf("log_lr", -3.0)}
+    leaves = {
+        "outside": run.leaf("outside", 0.3 * run.data(*SIZE)),
+        "shift": run.leaf("shift", 0.3 * run.data(3)),
+        "log_lr": run.leaf("log_lr", -3.0),
+    }
     net = run.net(Net(spec.net, leaves["shift"]))
     if run.settings.get("copy_initial_weights"):
         for name, _ in net.named_parameters():
@@ -405,7 +430,9 @@ def loop(spec: Spec, run: Run) -> Tensor:
     data = run.data(5, *SIZE)
     with run.context(net, opt, override) as (fnet, diffopt):
         if run.settings.get("copy_initial_weights"):
-            run.inputs.update(zip([f"initial {name}" for name, _ in net.named_parameters()], fnet.parameters(), strict=True))
+            run.inputs.update(
+                zip([f"initial {name}" for name, _ in net.named_parameters()], fnet.parameters(), strict=True)
+            )
         world = World(run, fnet, diffopt, leaves, data)
         for t in range(spec.steps):
             world.t, world.penalty = t, []
@@ -472,7 +499,11 @@ def check(spec: Spec) -> None:
         expected = gradients(spec)
     except RuntimeError as error:  # what plain autograd refuses
         assert not isinstance(error, LowmemError)
-        assume("modified by an inplace operation" not in str(error) and "a view" not in str(error) and "leaf" not in str(error))
+        assume(
+            "modified by an inplace operation" not in str(error)
+            and "a view" not in str(error)
+            and "leaf" not in str(error)
+        )
         raise
     except ValueError as error:
         assume("does not depend on" not in str(error))

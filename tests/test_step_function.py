@@ -79,7 +79,9 @@ def assert_exact_or_refused(body: Body) -> None:
         except higher.LowmemError:
             continue
         for ours, theirs in zip(found, expected, strict=True):
-            assert ours is theirs or torch.allclose(ours, theirs, rtol=1e-8, atol=1e-12), f"silently wrong with {setting}"
+            assert ours is theirs or torch.allclose(ours, theirs, rtol=1e-8, atol=1e-12), (
+                f"silently wrong with {setting}"
+            )
 
 
 def squared_error(fmodel: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -145,7 +147,9 @@ class Opaque:
     ],
     ids=["list and dictionary", "tuple", "named tuple", "dataclass", "object", "ordered dictionary", "own mapping"],
 )
-def test_R6_tensors_inside_arguments_of_any_kind_get_their_gradient(pack: Callable[..., Any], unpack: Callable[..., Any]) -> None:
+def test_R6_tensors_inside_arguments_of_any_kind_get_their_gradient(
+    pack: Callable[..., Any], unpack: Callable[..., Any]
+) -> None:
     def inner_loss(fmodel: Any, given: Any, *, scale: float) -> Tensor:
         x, y = unpack(given)
         return scale * squared_error(fmodel, x, y)
@@ -201,7 +205,10 @@ def test_the_function_runs_once_in_the_loop_and_once_for_each_replay() -> None:
 
         model = net()
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
-        with higher.innerloop_ctx(model, opt, copy_initial_weights=False, **setting) as (fmodel, diffopt), live_bytes() as memory:
+        with (
+            higher.innerloop_ctx(model, opt, copy_initial_weights=False, **setting) as (fmodel, diffopt),
+            live_bytes() as memory,
+        ):
             diffopt.step(fetch, 0)
             start = memory.current
             for t in range(1, STEPS):
@@ -233,7 +240,11 @@ def test_everything_that_a_function_may_do() -> None:
         was = fmodel.training
         fmodel.eval()
         fmodel.gain = 0.5
-        total = total + torch.func.vmap(lambda a: fmodel.head(fmodel.encoder(a)).square().sum())(x).mean() + fmodel(x).mean()
+        total = (
+            total
+            + torch.func.vmap(lambda a: fmodel.head(fmodel.encoder(a)).square().sum())(x).mean()
+            + fmodel(x).mean()
+        )
         fmodel.train(was)
         fmodel.gain = 1.0
         return total
@@ -442,7 +453,10 @@ def test_another_fmodel_inside_the_function_is_right_or_refused() -> None:
 
     def body(fmodel: Any, diffopt: Any) -> None:
         other = net()
-        with higher.innerloop_ctx(other, torch.optim.SGD(other.parameters(), lr=0.3), checkpoint_every=2) as (fother, opt_other):
+        with higher.innerloop_ctx(other, torch.optim.SGD(other.parameters(), lr=0.3), checkpoint_every=2) as (
+            fother,
+            opt_other,
+        ):
             for t in range(STEPS):
                 x = X[rows(t)]
                 diffopt.step(lambda fmodel, fother, x: squared_error(fmodel, x, fother(x).detach()), fother, x)
@@ -521,7 +535,10 @@ def test_a_full_unroll_inside_the_function() -> None:
 
 def test_the_program_shows_the_function() -> None:
     model = net()
-    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_every=2) as (fmodel, diffopt):
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_every=2) as (
+        fmodel,
+        diffopt,
+    ):
         diffopt.step(squared_error, X, y=Y)
         shown = str(diffopt.program)
         plain(fmodel, diffopt)
@@ -548,7 +565,10 @@ def test_a_function_frees_its_intermediate_values() -> None:
         model = nn.Sequential(nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 1))
         x, y = torch.ones(64, 50), torch.ones(64, 1)
         with (
-            higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_every=50) as (_, diffopt),
+            higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1), checkpoint_every=50) as (
+                _,
+                diffopt,
+            ),
             live_bytes() as memory,
         ):
             for _ in range(steps):
