@@ -192,11 +192,13 @@ def callback(run: Run) -> Tensor:
         return fnet(x).tanh().sum()
 
 
-# ---------------------------------------------------------------------------------------- what a step reads from outside
+# ---------------------------------------------------------------------------------------- what a step reads from
+# outside
 
 
 def example_weights(run: Run) -> Tensor:
-    """Weights of examples through a sigmoid, taken once before the loop and once in it; a learned input; a learned L2."""
+    """Weights of examples through a sigmoid, taken once before the loop and once in it; a learned input; a learned
+    L2."""
     net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
     logits, prompt = run.leaf("logits", run.data(12)), run.leaf("learned input", run.data(4, 3))
     decay = run.leaf("log decay", -3.0)
@@ -286,7 +288,8 @@ def times(run: Run) -> Tensor:
 
 
 def from_past_weights(run: Run) -> Tensor:
-    """Steps that start again from weights of an earlier time, and from interpolated ones (`update_params`, `params=`)."""
+    """Steps that start again from weights of an earlier time, and from interpolated ones (`update_params`,
+    `params=`)."""
     net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
     mix = run.leaf("mix", 0.3)
     with run.context(net, sgd_for(net)) as (fnet, diffopt):
@@ -294,10 +297,7 @@ def from_past_weights(run: Run) -> Tensor:
             if t % 5 == 3:
                 old, now = list(fnet.parameters(time=-3)), fnet.fast_params
                 fnet.update_params([mix * p + (1 - mix) * q for p, q in zip(old, now, strict=True)])
-            if t % 5 == 4:
-                prediction = fnet(x[rows(t)], params=list(fnet.parameters(time=t // 2)))
-            else:
-                prediction = fnet(x[rows(t)])
+            prediction = fnet(x[rows(t)], params=list(fnet.parameters(time=t // 2))) if t % 5 == 4 else fnet(x[rows(t)])
             diffopt.step((prediction - y[rows(t)]).square().mean())
         return fnet(x).tanh().sum() + fnet(x, params=list(fnet.parameters(time=run.steps // 2))).sum() + mix
 
@@ -323,7 +323,15 @@ def manual_steps(run: Run) -> Tensor:
 
 def batch_norm(run: Run) -> Tensor:
     """BatchNorm over convolutions: two training forwards a step, some evaluations between, the outer loss in eval."""
-    net = nn.Sequential(nn.Conv1d(2, 3, 2, bias=False), nn.BatchNorm1d(3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 4, bias=False), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 1))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv1d(2, 3, 2, bias=False),
+        nn.BatchNorm1d(3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(9, 4, bias=False),
+        nn.BatchNorm1d(4, momentum=None),
+        nn.Linear(4, 1),
+    )
     run.net(net)
     x, y, scale = run.data(12, 2, 4), run.data(12, 1), run.leaf("scale", 0.5)
     with run.context(net, sgd_for(net, lr=0.05)) as (fnet, diffopt):
@@ -343,7 +351,9 @@ def batch_norm(run: Run) -> Tensor:
 
 def dropout(run: Run) -> Tensor:
     """Dropout in the model and in the loop, noise drawn in the loop, evaluations that draw in between."""
-    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 4), nn.AlphaDropout(0.2), nn.Linear(4, 1))  # fmt: skip
+    net = nn.Sequential(
+        nn.Linear(3, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 4), nn.AlphaDropout(0.2), nn.Linear(4, 1)
+    )
     run.net(net)
     x, y, spread = run.data(12, 3), run.data(12, 1), run.leaf("spread", 0.2)
     with run.context(net, sgd_for(net, lr=0.03)) as (fnet, diffopt):
@@ -484,10 +494,7 @@ def submodules(run: Run) -> Tensor:
     with run.context(net, sgd_for(net)) as (fnet, diffopt):
         for t in range(run.steps):
             hidden = fnet[0](x[rows(t)])
-            if t % 2:
-                out = fnet[1:](hidden)
-            else:
-                out = F.linear(hidden.tanh(), fnet[2].weight, fnet[2].bias)
+            out = fnet[1:](hidden) if t % 2 else F.linear(hidden.tanh(), fnet[2].weight, fnet[2].bias)
             diffopt.step((out - y[rows(t)]).square().mean() + fnet[0].weight.abs().sqrt().sum() * 0.01)
         return fnet(x).tanh().sum()
 

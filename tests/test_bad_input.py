@@ -147,7 +147,8 @@ def test_an_optimizer_of_another_model(setting: dict[str, Any], global_state: Sn
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_an_unsupported_optimizer(setting: dict[str, Any], global_state: Snapshot) -> None:
-    """The error lists the supported ones and says how to add one; a subclass of a supported one is not supported either."""
+    """The error lists the supported ones and says how to add one; a subclass of a supported one is not supported
+    either."""
 
     class Mine(torch.optim.SGD):
         pass
@@ -168,15 +169,18 @@ def test_what_is_no_model_and_no_optimizer(setting: dict[str, Any], global_state
     model = net()
     opt = trained(model)
     for wrong in (nn.Linear, lambda x: x, None, list(model.parameters())):
-        with unchanged(global_state, model, opt), pytest.raises(TypeError, match="The model must be a torch.nn.Module"):
+        with (
+            unchanged(global_state, model, opt),
+            pytest.raises(TypeError, match=r"The model must be a torch.nn.Module"),
+        ):
             higher.innerloop_ctx(wrong, opt, **setting).__enter__()
     for wrong in (torch.optim.SGD, None, model, "SGD"):
         with (
             unchanged(global_state, model, opt),
-            pytest.raises(TypeError, match="The optimizer must be a torch.optim.Optimizer"),
+            pytest.raises(TypeError, match=r"The optimizer must be a torch.optim.Optimizer"),
         ):
             higher.innerloop_ctx(model, wrong, **setting).__enter__()
-    with unchanged(global_state, model, opt), pytest.raises(RuntimeError, match="[Dd]evice"):
+    with unchanged(global_state, model, opt), pytest.raises(RuntimeError, match=r"[Dd]evice"):
         higher.innerloop_ctx(model, opt, device="nowhere", **setting).__enter__()
 
 
@@ -189,7 +193,8 @@ def test_register_optim() -> None:
         higher.register_optim(torch.optim.SGD(net().parameters(), lr=0.1), higher.optim.DifferentiableSGD)
 
 
-# --------------------------------------------------------------------------------------------------------- taking a step
+# --------------------------------------------------------------------------------------------------------- taking a
+# step
 
 
 def shape_of_vector(fmodel: Any, model: nn.Module) -> Tensor:
@@ -310,9 +315,12 @@ def test_a_loss_made_in_another_thread_or_before_the_context_is_refused(global_s
     model = net()
     opt = trained(model)
     before = model(X).square().mean()
-    with higher.innerloop_ctx(model, opt, copy_initial_weights=False, checkpoint_every=2) as (fmodel, diffopt):
-        with unchanged(global_state, model, opt, fmodel, diffopt), pytest.raises((higher.RecordError, ValueError)):
-            diffopt.step(before)
+    with (
+        higher.innerloop_ctx(model, opt, copy_initial_weights=False, checkpoint_every=2) as (fmodel, diffopt),
+        unchanged(global_state, model, opt, fmodel, diffopt),
+        pytest.raises((higher.RecordError, ValueError)),
+    ):
+        diffopt.step(before)
 
 
 @pytest.mark.parametrize("setting", SETTINGS[1:], ids=str)
@@ -348,7 +356,11 @@ def test_arguments_of_step(setting: dict[str, Any], global_state: Snapshot) -> N
             (lambda: diffopt.step(loss(), params=[]), TypeError, r"further arguments besides a tensor"),
             (lambda: diffopt.step(), TypeError, "loss"),
             (lambda: diffopt.step(loss(), override={"lr": [0.1, 0.2]}), ValueError, r"override\['lr'\] has 2 values"),
-            (lambda: diffopt.step(loss(), override={"momentum": [0.0], "lr": []}), ValueError, r"override\['lr'\] has 0"),
+            (
+                lambda: diffopt.step(loss(), override={"momentum": [0.0], "lr": []}),
+                ValueError,
+                r"override\['lr'\] has 0",
+            ),
         ]  # fmt: skip
         for call, error, match in bad:
             with unchanged(global_state, model, opt, fmodel, diffopt), pytest.raises(error, match=match):
@@ -360,11 +372,14 @@ def test_a_misspelled_hyperparameter(setting: dict[str, Any], global_state: Snap
     """`learning_rate` would be stored, read by nobody, and its gradient would be None."""
     model = net()
     opt = trained(model)
-    with unchanged(global_state, model, opt), pytest.raises(ValueError, match="learning_rate.*lr"):
+    with unchanged(global_state, model, opt), pytest.raises(ValueError, match=r"learning_rate.*lr"):
         higher.innerloop_ctx(model, opt, override={"learning_rate": [0.1]}, **setting).__enter__()
     with higher.innerloop_ctx(model, opt, **setting) as (fmodel, diffopt):
         loss = fmodel.eval()(X).square().mean()
-        with unchanged(global_state, model, opt, fmodel, diffopt), pytest.raises(ValueError, match="learning_rate.*lr"):
+        with (
+            unchanged(global_state, model, opt, fmodel, diffopt),
+            pytest.raises(ValueError, match=r"learning_rate.*lr"),
+        ):
             diffopt.step(loss, override={"learning_rate": [0.1]})
 
 

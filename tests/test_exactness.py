@@ -1,4 +1,5 @@
-"""Checkpointed gradients equal the full unroll's, and both equal finite differences; what cannot be right is refused."""
+"""Checkpointed gradients equal the full unroll's, and both equal finite differences; what cannot be right is
+refused."""
 
 from __future__ import annotations
 

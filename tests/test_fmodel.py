@@ -70,7 +70,8 @@ def loss_of(fmodel: Any) -> Tensor:
     return (fmodel(X) - X.sum(1, keepdim=True)).square().mean()
 
 
-# ------------------------------------------------------------------------------------------ what it looks like, and times
+# ------------------------------------------------------------------------------------------ what it looks like, and
+# times
 
 
 @every_setting
@@ -233,7 +234,8 @@ def test_gradients_at_past_times(setting: dict[str, Any]) -> None:
             assert torch.equal(ours, theirs)
 
 
-# ---------------------------------------------------------------------------------------------- calling parts of a model
+# ---------------------------------------------------------------------------------------------- calling parts of a
+# model
 
 
 def gradients(
@@ -341,7 +343,7 @@ class Powers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "slice":
-            powers = list(self.powers[:2]) + [self.powers[-1]]
+            powers = [*list(self.powers[:2]), self.powers[-1]]
         elif self.how == "index":
             powers = [self.powers[index] for index in range(3)]
         else:
@@ -591,7 +593,8 @@ def test_a_weight_assigned_by_name_is_right_or_refused(
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12), "silently wrong"
 
 
-# ------------------------------------------------------------------------------------------------------ kinds of modules
+# ------------------------------------------------------------------------------------------------------ kinds of
+# modules
 
 
 class Meta(type):
@@ -708,8 +711,15 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Sequential(Tokens(), nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 1)),
     "bilinear": lambda: Twice(nn.Bilinear(3, 3, 1)),
     "group norm": lambda: nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.Linear(4, 1)),
-    "instance norm": lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1, affine=True, track_running_stats=True), nn.Flatten(), nn.Tanh(), nn.Linear(3, 1)),
-    "convolutions": lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 2), nn.Tanh(), nn.ConvTranspose1d(4, 2, 2), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(2, 1)),
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)),
+        nn.InstanceNorm1d(1, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        nn.Tanh(),
+        nn.Linear(3, 1),
+    ),
+    "convolutions": lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 4, 2), nn.Tanh(),
+    nn.ConvTranspose1d(4, 2, 2), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(2, 1)),
     "lazy": lambda: _materialized(nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(1))),
     "prelu": lambda: nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 1)),
 }  # fmt: skip

@@ -286,7 +286,8 @@ def test_the_gradient_through_a_zero_second_moment_is_right() -> None:
     assert taylor_test(outer, point, gradient=seen[0], step=0.05) > 1.9
 
 
-# ------------------------------------------------------------------------------------- several groups, tensors per group
+# ------------------------------------------------------------------------------------- several groups, tensors per
+# group
 
 
 @pytest.mark.parametrize("N", [None, 2])

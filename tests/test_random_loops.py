@@ -1,6 +1,7 @@
 """Random inner loops: whatever the user's loop does between two steps, the checkpointed gradient is the unroll's.
 
-A loop is drawn as a list of small operations on a pool of tensors, all of shape (4, 3), so that any operation can follow
+A loop is drawn as a list of small operations on a pool of tensors, all of shape (4, 3), so that any operation can
+follow
 any other. What plain autograd refuses (an in-place write into something it saved) is drawn again. More examples, not
 the same ones each time: `RANDOM_LOOPS=2000 pytest tests/test_random_loops.py`.
 """
@@ -78,6 +79,11 @@ class World:
         self.pool: list[Tensor] = []
         self.penalty: list[Tensor] = []
         self.t = 0
+
+    def trained(self) -> list[Tensor]:
+        """Those weights that the optimizer holds: by another the derivative would go through all earlier steps."""
+        params = list(self.fnet.parameters())
+        return [params[index] for group in self.diffopt._group_to_param_list for index in group]
 
     def pick(self, k: int) -> Tensor:
         return self.pool[k % len(self.pool)]
@@ -286,7 +292,7 @@ def gradient_penalty(w: World, a: int, b: int) -> Tensor | None:
         (grad,) = torch.autograd.grad((here.sin() * w.fnet(here)).sum(), here, create_graph=True)
         return grad
     loss = w.fnet(w.data[a % len(w.data)]).square().mean()
-    grads = torch.autograd.grad(loss, list(w.fnet.parameters()), create_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(loss, w.trained(), create_graph=True, allow_unused=True)
     w.penalty.append(0.1 * torch.stack([g.square().sum() for g in grads if g is not None]).sum())
     return None
 
@@ -312,7 +318,7 @@ def outer_term(w: World, a: int, b: int) -> None:
         lambda: w.pick(a).sin().mean(),
         lambda: w.fnet(w.data[a % len(w.data)]).tanh().mean(),
         lambda: torch.stack([p.sin().sum() for p in w.fnet.parameters()]).sum(),
-        lambda: list(w.fnet.parameters(time=a % (w.t + 1)))[0].cos().sum(),
+        lambda: next(iter(w.fnet.parameters(time=a % (w.t + 1)))).cos().sum(),
         lambda: w.hidden.sum(),
     ]
     w.outer = w.outer + (1 + a % 3) * terms[b % 5]()
@@ -357,9 +363,11 @@ def update_by_hand(w: World, a: int, b: int) -> None:
         w.fnet.fast_params = [0.5 * p + 0.5 * q for p, q in zip(params, past, strict=True)]
     elif b % 4 == 2:
         loss = w.fnet(w.data[a % len(w.data)]).square().mean()
-        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        trained = w.trained()
+        grads = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
+        steps = {id(p): g for p, g in zip(trained, grads, strict=True) if g is not None}
         rate = w.leaves["log_lr"].exp()
-        w.fnet.update_params([p if g is None else p - rate * g for p, g in zip(params, grads, strict=True)])
+        w.fnet.update_params([p - rate * steps[id(p)] if id(p) in steps else p for p in params])
     else:
         w.pool.append(w.fnet(w.pick(a), params=[p + 0.0 for p in params]))
 

@@ -441,6 +441,19 @@ def test_a_step_lets_go_of_what_was_made_before_it(data: Data) -> None:
         assert [reference() for reference in alive] == [None] * 3
 
 
+def test_a_step_lets_go_of_how_older_tensors_were_made(data: Data) -> None:
+    """A loop that collects its batches or outputs keeps these, and not what they were made from."""
+    with opened() as (fmodel, diffopt):
+        kept = data.x.repeat(2, 1)
+        wide = torch.cat([kept, kept], 1)
+        alive = weakref.ref(kept)
+        del kept
+        assert alive() is not None
+        diffopt.step(data.loss(fmodel(data.x)))
+        assert alive() is None
+        assert wide.shape == (2 * ROWS, 2 * FEATURES)
+
+
 def test_a_recorder_that_nobody_uses_keeps_nothing(data: Data) -> None:
     with opened() as (fmodel, diffopt):
         diffopt.step(data.loss(fmodel(data.x)))
@@ -504,6 +517,7 @@ def test_a_buffer_that_the_model_reads_and_the_loop_writes_is_read_as_it_was(dat
     """A replay buffer: what a step read of it is copied, since the next step writes there."""
 
     def gradient(memory: torch.Tensor | None) -> torch.Tensor:
+        torch.manual_seed(0)  # the same model for both
         with opened(checkpoint_every) as (fmodel, diffopt):
             for t in range(3):
                 batch = data.x * (t + 1)

@@ -311,7 +311,7 @@ def test_past_weights_and_updates_inside_a_function_are_refused_in_the_loop(wron
         with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1), **setting) as (fmodel, diffopt):
             plain(fmodel, diffopt)
             times = len(fmodel._view.history)
-            with pytest.raises(higher.RecordError, match="argument|inside"):
+            with pytest.raises(higher.RecordError, match=r"argument|inside"):
                 diffopt.step(lambda fmodel: fmodel(X).mean() + (wrong(fmodel) or 0.0))
             assert len(fmodel._view.history) == times
 
@@ -379,7 +379,7 @@ def test_R10_a_late_bound_tensor_with_a_gradient_is_refused() -> None:
 
     def body(fmodel: Any, diffopt: Any) -> list[Tensor]:
         leaf = torch.tensor(1.0, requires_grad=True)
-        for t in range(STEPS):
+        for _t in range(STEPS):
             scale = leaf * 1.0  # the same value each time
             diffopt.step(lambda fmodel: scale * squared_error(fmodel, X, Y))  # noqa: B023  # the trap
         return [leaf]
@@ -465,7 +465,8 @@ def test_another_fmodel_inside_the_function_is_right_or_refused() -> None:
     assert_exact_or_refused(body)
 
 
-# ---------------------------------------------------------------------------------------------- around the engine's call
+# ---------------------------------------------------------------------------------------------- around the engine's
+# call
 
 
 def test_a_function_works_after_the_context() -> None:
@@ -509,7 +510,8 @@ def test_override_and_grad_callback_are_not_passed_to_the_function() -> None:
 
 
 def test_a_full_unroll_inside_the_function() -> None:
-    """A second inner loop inside of the step, with the weights of the first in its loss; and a checkpointed one is refused."""
+    """A second inner loop inside of the step, with the weights of the first in its loss; and a checkpointed one is
+    refused."""
 
     def inner_loss(fmodel: Any, small: nn.Module, x: Tensor, y: Tensor, settings: dict[str, Any]) -> Tensor:
         opt = torch.optim.SGD(small.parameters(), lr=0.3)
