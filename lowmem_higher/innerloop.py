@@ -104,8 +104,9 @@ def innerloop_ctx(
         replay: "native" recomputes the weights first, then differentiates one step at a time. "torch" rebuilds a
             segment through `torch.utils.checkpoint`; slower, an independent check.
         pullback: "reverse", reverse over reverse mode.
-        verify: Which replays are compared with what your code computed. "new": some of each new step program (its
-            1st, 2nd, 4th, 8th ... use); "all"; "off".
+        verify: What replays are compared with. "new": the loss of every step, the gradients at the 1st, 2nd, 4th,
+            8th ... use of each step program, the weights and optimizer state at the end of each segment. "all": the
+            gradients of every step as well. "off": nothing.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.

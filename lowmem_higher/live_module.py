@@ -25,6 +25,7 @@ from lowmem_higher.patch import (
     copy_structure,
     functional_class,
     renew_buffers,
+    rerunning,
 )
 from lowmem_higher.recompute import FixedWeights, follow, follow_view
 from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
@@ -129,7 +130,7 @@ class LiveModule:
         kwargs: dict[str, Any],
     ) -> Any:
         """Run a submodule of the fmodel and record the call as one node, unless it is part of such a call."""
-        if self.recorder.inside:
+        if self.recorder.inside or rerunning():
             return run(*args, **kwargs)
         out, _ = self.call(fmodel, path, run, args, kwargs)
         return out

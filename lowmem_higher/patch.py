@@ -222,9 +222,25 @@ class _Replayed(threading.local):
 
     def __init__(self) -> None:
         self.weights: dict[object, list[Tensor]] = {}
+        self.reruns = 0
 
 
 _replayed = _Replayed()
+
+
+def rerunning() -> bool:
+    """Whether a `torch.utils.checkpoint` recomputes in this thread: the weights in place are those of another time."""
+    return _replayed.reruns > 0
+
+
+@contextmanager
+def marked_as_rerun() -> Iterator[None]:
+    """Such a recomputation goes on inside the block."""
+    _replayed.reruns += 1
+    try:
+        yield
+    finally:
+        _replayed.reruns -= 1
 
 
 @contextmanager
@@ -267,7 +283,7 @@ class FunctionalModule(nn.Module):
         if params is not None:
             self.update_params(params)
         view = self.__dict__.get("_view")
-        if view is None:  # a slice of a container is built without it
+        if view is None or rerunning():  # a slice of a container is built without a view
             return super().__call__(*args, **kwargs)
         if view.caller is not None:
             return view.caller.call_module(self, "", super().__call__, args, kwargs)

@@ -217,6 +217,9 @@ class Recorder(TorchFunctionMode):
             return self._watcher.__torch_function__(func, types, args, kwargs)
         if func is torch.Tensor.register_hook and not self._busy:
             self._hooked.set(args[0], True)
+        if func in _BACKWARD:
+            with self.watching(None):  # hooks and recomputations that it runs are not the loop's own calls
+                return func(*args, **kwargs)
         if self._busy or func in _NOT_RECORDED or _is_getter(func) or torch._C._are_functorch_transforms_active():
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled():
@@ -303,8 +306,7 @@ class Recorder(TorchFunctionMode):
         followed = followed and not any(tensor.requires_grad for tensor in tensors)
         inputs = {id(leaf) for leaf in node.leaves}
         node.outputs = len(outputs)
-        for position in written or ():
-            tensor = node.leaves[position]
+        for position, tensor in [(position, node.leaves[position]) for position in written or ()]:
             if tensor.requires_grad and node.links[position] is not None:
                 link = Link(node, -1 - position, version_of(tensor), tensor.is_leaf)
                 self._made.set(tensor, link)
@@ -407,9 +409,8 @@ def _remove_mode(mode: TorchFunctionMode) -> None:
 
 
 # Calls whose results are no tensors, or tensors that are not made by them.
+_BACKWARD = (torch.Tensor.backward, torch.autograd.backward)
 _NOT_RECORDED = {
-    torch.Tensor.backward,
-    torch.autograd.backward,
     *(getattr(torch.Tensor, name) for name in (
         "size", "dim", "numel", "stride", "item", "tolist", "numpy", "data_ptr", "is_floating_point", "is_complex",
         "untyped_storage", "element_size", "get_device", "register_hook", "retain_grad", "__len__", "__repr__",

@@ -332,14 +332,19 @@ def assert_matches_unrolled(
         That of the full unroll, which is the reference: use a short loop. Time: one unroll and a run per combination.
 
     Example:
-        >>> def loop(**settings):  # here in place of innerloop_ctx: x -> sin(x), five times
-        ...     x = torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True)
-        ...     y = x
-        ...     for _ in range(5):
-        ...         y = torch.sin(y)
-        ...     return {"x": torch.autograd.grad(y.sum(), x)[0]}
-        >>> assert_matches_unrolled(loop, checkpoint_every=(1, 2), replay=("native",))
-        {"checkpoint_every=1, replay='native'": 0.0, "checkpoint_every=2, replay='native'": 0.0}
+        >>> import lowmem_higher as higher
+        >>> def loop(**settings):
+        ...     net = torch.nn.Linear(3, 1, dtype=torch.float64)
+        ...     x = torch.randn(5, 3, dtype=torch.float64)
+        ...     opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        ...     with higher.innerloop_ctx(net, opt, copy_initial_weights=False, **settings) as (fnet, diffopt):
+        ...         for _ in range(5):
+        ...             _ = diffopt.step((fnet(x) - 1).square().mean())
+        ...         outer = fnet(x).square().mean()
+        ...     return torch.autograd.grad(outer, list(net.parameters()))
+        >>> differences = assert_matches_unrolled(loop, checkpoint_every=(1, 2))
+        >>> sorted(differences)[:2]
+        ["checkpoint_every=1, replay='native'", "checkpoint_every=1, replay='torch'"]
     """
     choices = {"checkpoint_every": checkpoint_every, "replay": replay, **more_settings}
 

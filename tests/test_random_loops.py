@@ -70,7 +70,9 @@ class Net(nn.Module):
 class World:
     """What the operations of one loop work on."""
 
-    def __init__(self, run: Run, fnet: Any, diffopt: Any, leaves: dict[str, Tensor], data: Tensor) -> None:
+    def __init__(
+        self, run: Run, fnet: Any, diffopt: Any, leaves: dict[str, Tensor], data: Tensor, recomputes: bool
+    ) -> None:
         self.run, self.fnet, self.diffopt, self.leaves, self.data = run, fnet, diffopt, leaves, data
         self.outside = torch.sigmoid(leaves["outside"])  # not a leaf, made before the first step
         self.hidden = torch.zeros(SIZE, dtype=torch.float64)  # carried from step to step
@@ -79,6 +81,7 @@ class World:
         self.pool: list[Tensor] = []
         self.penalty: list[Tensor] = []
         self.t = 0
+        self.recomputes = recomputes
 
     def trained(self) -> list[Tensor]:
         """Those weights that the optimizer holds: by another the derivative would go through all earlier steps."""
@@ -225,7 +228,8 @@ def evaluation(w: World, a: int, b: int) -> None:
 
 @operation
 def switch_mode(w: World, a: int, b: int) -> None:
-    w.fnet.train(mode=bool(a % 2))
+    if not w.recomputes:  # a checkpoint recomputes in the mode of then: plain torch is at fault as well
+        w.fnet.train(mode=bool(a % 2))
 
 
 @operation
@@ -330,8 +334,10 @@ def custom_function(w: World, a: int, b: int) -> Tensor:
 
 
 @operation
-def recompute_in_the_loop(w: World, a: int, b: int) -> Tensor:
+def recompute_in_the_loop(w: World, a: int, b: int) -> Tensor | None:
     fnet = w.fnet
+    if fnet.spec.stateful:
+        return None
 
     def block(x: Tensor) -> Tensor:
         return fnet(x).sin() if b % 2 else fnet.last(x.tanh())
@@ -348,6 +354,8 @@ def edit_learning_rate(w: World, a: int, b: int) -> None:
 
 @operation
 def attribute(w: World, a: int, b: int) -> None:
+    if w.recomputes:
+        return
     if w.fnet.shift is not None:
         w.fnet.shift = [w.leaves["shift"], w.leaves["shift"].sin(), w.leaves["shift"].detach(), w.outside[0]][a % 4]
     w.fnet.dropout.p = 0.2 + 0.1 * (b % 3)
@@ -441,7 +449,10 @@ def loop(spec: Spec, run: Run) -> Tensor:
             run.inputs.update(
                 zip([f"initial {name}" for name, _ in net.named_parameters()], fnet.parameters(), strict=True)
             )
-        world = World(run, fnet, diffopt, leaves, data)
+        recomputes = spec.net.recompute or any(
+            "recompute" in OPERATIONS[code].__name__ for p in spec.patterns for code, _, _ in p
+        )
+        world = World(run, fnet, diffopt, leaves, data, recomputes)
         for t in range(spec.steps):
             world.t, world.penalty = t, []
             world.pool = [data[t % 5].clone(), fnet(data[(t + 1) % 5])]

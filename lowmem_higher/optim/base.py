@@ -383,13 +383,13 @@ def called_back(callback: GradCallback, grads: Gradients) -> list[Tensor | None]
     used: Any = callback(list(grads))
     fits = isinstance(used, (list, tuple)) and len(used) == len(grads)
     fits = fits and all(
-        new is None or (isinstance(new, Tensor) and old is not None and new.shape == old.shape)
+        new is None or (isinstance(new, Tensor) and (old is None or new.shape == old.shape))
         for new, old in zip(used, grads, strict=True)
     )
     if not fits:
         raise ValueError(
-            "grad_callback must return a list with one gradient for each parameter, of the same shape, and None where "
-            "it got None: return [None if g is None else f(g) for g in grads]."
+            "grad_callback must return a list with one gradient for each parameter, of the same shape, or None: "
+            "return [None if g is None else f(g) for g in grads]."
         )
     return list(used)
 
