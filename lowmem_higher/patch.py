@@ -500,12 +500,19 @@ def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> N
 
 
 def _class_of(kind: str, base: type[nn.Module], make: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
-    """The class made from `base`, once; `base` itself holds it, so that both can be freed together."""
+    """The class made from `base`, once. A user's class holds what is made from it, so that both can be freed."""
     name = f"_lowmem_higher_{kind}"
+    if base.__module__.startswith("torch."):
+        if (base, kind) not in _from_torch:
+            _from_torch[base, kind] = make(base)
+        return _from_torch[base, kind]
     if name not in vars(base):
         setattr(base, name, make(base))
     found: type[nn.Module] = vars(base)[name]
     return found
+
+
+_from_torch: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
 def functional_class(model_type: type[nn.Module]) -> type[nn.Module]:

@@ -242,6 +242,50 @@ def captured(run: Run) -> Tensor:
         return fnet(x).tanh().sum()
 
 
+def returned_from_forward(run: Run) -> Tensor:
+    """Forward returns, beside its result, tensors that it captured: a leaf, one that is not, and a weight."""
+    leaf = run.leaf("leaf", run.data(3))
+    made = (0.3 * run.leaf("made from", run.data(3))).exp()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.own = nn.Linear(3, 3), leaf
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": self.layer(x) * made, "made": made, "leaf": self.own, "weight": self.layer.weight}
+
+    net, x, y = run.net(Net()), run.data(12, 3), run.data(12, 3)
+    with run.context(net, sgd_for(net)) as (fnet, diffopt):
+        for t in range(run.steps):
+            found = fnet(x[rows(t)])
+            scaled = found["out"] * found["made"] + found["leaf"]
+            diffopt.step((scaled - y[rows(t)]).square().mean() + 0.1 * found["weight"].square().sum())
+        return fnet(x)["out"].tanh().sum()
+
+
+def hyperparameters_from_weights(run: Run) -> Tensor:
+    """The learning rate and a callback's factor are made from the weights; the optimizer holds a part of them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.log_lr = nn.Linear(3, 1), nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).sin()
+
+    net, x, y = run.net(Net()), run.data(12, 3), run.data(12, 1)
+    opt = torch.optim.SGD(net.layer.parameters(), lr=0.1, momentum=0.6)
+    with run.context(net, opt) as (fnet, diffopt):
+        for t in range(run.steps):
+            diffopt.param_groups[0]["lr"] = 0.2 * (fnet.log_lr - 1).exp() * fnet.layer.weight.norm()
+            factor = fnet.layer.bias.mean().exp()
+            loss = (fnet(x[rows(t)]) - y[rows(t)]).square().mean()
+            diffopt.step(loss, grad_callback=lambda grads, f=factor: [None if g is None else f * g for g in grads])
+        return fnet(x).tanh().sum()
+
+
 def leaf_made_in_the_loop(run: Run) -> Tensor:
     """Learning to reweight (L2RW): the weights of the examples are made after the forward, in the loop."""
     net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
@@ -316,6 +360,25 @@ def manual_steps(run: Run) -> Tensor:
             penalty = torch.stack([param.square().sum() for param in fnet.parameters()]).sum()
             diffopt.step((fnet(x[rows(t)]) - y[rows(t)]).square().mean() + 0.1 * penalty)
         return fnet(x).tanh().sum()
+
+
+def frozen_and_truncated(run: Run) -> Tensor:
+    """A weight frozen for some steps, then trained again; momentum and weights cut off from their history."""
+    net, x, y, lr = run.net(mlp()), run.data(12, 3), run.data(12, 1), run.leaf("lr", 0.1)
+    with run.context(net, sgd_for(net), {"lr": [lr]}) as (fnet, diffopt):
+        for t in range(run.steps):
+            if t % 9 == 4:
+                fnet.update_params([p.detach() if k == 0 else p for k, p in enumerate(fnet.parameters())])
+            if t % 9 == 6:
+                fnet.update_params(
+                    [p.detach().requires_grad_() if k == 0 else p for k, p in enumerate(fnet.parameters())]
+                )
+            if t % 9 == 8:
+                for entry in diffopt.state[0].values():
+                    entry["momentum_buffer"] = 0.5 * entry["momentum_buffer"].detach()
+            diffopt.step((fnet(x[rows(t)]) - y[rows(t)]).square().mean())
+        start = list(fnet.parameters(time=0))
+        return fnet(x).tanh().sum() + 0.1 * torch.stack([p.sin().sum() for p in start]).sum()
 
 
 # --------------------------------------------------------------------------------------------------------------- nets
@@ -603,10 +666,13 @@ LOOPS: tuple[Loop, ...] = (
     callback,
     example_weights,
     captured,
+    returned_from_forward,
+    hyperparameters_from_weights,
     leaf_made_in_the_loop,
     times,
     from_past_weights,
     manual_steps,
+    frozen_and_truncated,
     batch_norm,
     dropout,
     shared_weights,

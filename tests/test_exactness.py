@@ -393,3 +393,23 @@ def test_copied_initial_weights_are_leaves_and_the_model_gets_nothing(N: int | N
     for param, (name, gradient) in zip(first, expected.items(), strict=True):
         assert param.is_leaf
         assert_close(param.grad, gradient, name)
+
+
+@pytest.mark.parametrize("replay", ["native", "torch"])
+@pytest.mark.parametrize("N", [1, 3])
+def test_what_requires_grad_is_settled_at_the_step(N: int, replay: str) -> None:
+    """Rule R2: flags switched between a step and the backward, to freeze a meta-parameter or to learn another."""
+
+    def gradient(**settings: Any) -> Tensor:
+        run = Run(4, **settings)
+        net, x, y, shift = run.net(mlp()), run.data(12, 3), run.data(12, 1), run.leaf("shift", run.data(3))
+        with run.context(net, sgd_for(net)) as (fnet, diffopt):
+            for _ in range(run.steps):
+                diffopt.step((fnet(x + shift) - y).square().mean())
+            outer = fnet(x).tanh().sum()
+        shift.requires_grad_(False)
+        y.requires_grad_(True)
+        found: Tensor = torch.autograd.grad(outer, net[0].weight)[0]
+        return found
+
+    assert_close(gradient(checkpoint_every=N, replay=replay), gradient())

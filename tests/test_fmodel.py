@@ -396,39 +396,56 @@ def test_shared_parameters_are_one() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-class KeepsList(nn.Module):
-    """Keeps a list of its own parameters and uses that: in the loop the list would hold the weights of time 0."""
+class Helper:
+    def __init__(self, layer: nn.Module) -> None:
+        self.weight = layer.weight
 
-    def __init__(self, used: bool) -> None:
+
+class LeadsToItself(nn.Module):
+    """Holds its own layers or weights in other ways than as submodules; in the loop they must be the current ones."""
+
+    def __init__(self, how: str) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 1)
+        self.how = how
         self.weights = [self.first.weight, self.last.weight]
+        self.table = {"first": self.first.weight}
+        self.nested = {"all": [self.first.weight, (self.last.weight,)]}
         self.layers = [self.first, self.last]
-        self.used = used
+        self.method = self.first.forward
+        self.function = lambda x: self.first(x)
+        self.helper = Helper(self.first)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.weights if self.used else [layer.weight for layer in self.layers]
-        hidden = F.linear(x, weights[0], self.first.bias).tanh()
-        return F.linear(hidden, weights[1], self.layers[1].bias)
-
-
-def test_a_list_of_layers_leads_to_the_current_weights() -> None:
-    class Direct(KeepsList):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.first(x).tanh())
-
-    assert_as(lambda: KeepsList(used=False), loss_of, loss_of)
-    for ours, theirs in zip(
-        gradients(lambda: KeepsList(False), loss_of, {}), gradients(lambda: Direct(False), loss_of, {}), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+        bias = self.first.bias
+        hidden = {
+            "directly": lambda: self.first(x),
+            "a list of weights": lambda: F.linear(x, self.weights[0], bias),
+            "a dictionary of weights": lambda: F.linear(x, self.table["first"], bias),
+            "a nested list of weights": lambda: F.linear(x, self.nested["all"][0], bias),
+            "a list of layers": lambda: self.layers[0](x),
+            "a bound method": lambda: self.method(x),
+            "a lambda": lambda: self.function(x),
+            "an object": lambda: F.linear(x, self.helper.weight, bias),
+        }[self.how]()
+        return self.last(hidden.tanh())
 
 
 @every_setting
-def test_a_list_of_its_own_parameters_is_right_or_refused(setting: dict[str, Any]) -> None:
-    expected = gradients(lambda: KeepsList(used=False), loss_of, {})
+@pytest.mark.parametrize("how", ["a list of weights", "a dictionary of weights", "a list of layers", "a bound method"])
+def test_a_model_that_holds_its_parts_twice_is_right(how: str, setting: dict[str, Any]) -> None:
+    expected = gradients(lambda: LeadsToItself("directly"), loss_of, {})
+    for ours, theirs in zip(gradients(lambda: LeadsToItself(how), loss_of, setting), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@every_setting
+@pytest.mark.parametrize("how", ["a nested list of weights", "a lambda", "an object"])
+def test_a_model_that_leads_to_the_original_weights_is_right_or_refused(how: str, setting: dict[str, Any]) -> None:
+    """What cannot be made to follow the fast weights would train something else, without a word."""
+    expected = gradients(lambda: LeadsToItself("directly"), loss_of, {})
     try:
-        found = gradients(lambda: KeepsList(used=True), loss_of, setting)
+        found = gradients(lambda: LeadsToItself(how), loss_of, setting)
     except (higher.LowmemError, ValueError):
         return
     for ours, theirs in zip(found, expected, strict=True):
