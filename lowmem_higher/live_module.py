@@ -180,7 +180,8 @@ class LiveModule:
             if self._visible_changed(view.slots):
                 self._freeze(view.slots, node)
             if recorder.active:
-                recorder.add(node, tensors_in(out))
+                outputs = tensors_in(out)
+                recorder.add(node, outputs, older=watcher.passed_on(outputs))
         return out, node
 
     def _check_structure(self, modules: list[nn.Module]) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -299,14 +299,21 @@ class Recorder(TorchFunctionMode):
             return made, written.node
         return None, None
 
-    def add(self, node: Node, outputs: list[Tensor], written: list[int] | None = None) -> None:
-        """Remember what a node made and wrote, as far as it is worth following (NOTE [ The shadow graph ])."""
+    def add(self, node: Node, outputs: list[Tensor], written: Sequence[int] = (), older: Container[int] = ()) -> None:
+        """Remember what a node made and wrote, as far as it is worth following (NOTE [ The shadow graph ]).
+
+        Args:
+            node: The call that was run.
+            outputs: The tensors of its result.
+            written: The positions of the leaves that it wrote into.
+            older: Ids of outputs that it only passed on: they existed before.
+        """
         tensors = [leaf for leaf in node.leaves if isinstance(leaf, Tensor)]
         followed = node.inside is None and node.weight <= _LONGEST_RECIPE and not self._opaque(node)
         followed = followed and not any(tensor.requires_grad for tensor in tensors)
         inputs = {id(leaf) for leaf in node.leaves}
         node.outputs = len(outputs)
-        for position, tensor in [(position, node.leaves[position]) for position in written or ()]:
+        for position, tensor in [(position, node.leaves[position]) for position in written]:
             if tensor.requires_grad and node.links[position] is not None:
                 link = Link(node, -1 - position, version_of(tensor), tensor.is_leaf)
                 self._made.set(tensor, link)
@@ -323,7 +330,7 @@ class Recorder(TorchFunctionMode):
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
                 self.devices.add(tensor.device)
-            if id(tensor) in inputs or (tensor.requires_grad and tensor.is_leaf):
+            if id(tensor) in inputs or id(tensor) in older or (tensor.requires_grad and tensor.is_leaf):
                 continue  # a leaf that requires grad is an input, whoever made it
             if tensor.requires_grad or (followed and tensor.nbytes > small):
                 made = True

@@ -87,6 +87,10 @@ class Watcher(TorchFunctionMode):
         known: tuple[Any, Any] = unflatten(structure, iter(leaves))
         return known
 
+    def passed_on(self, outputs: list[Tensor]) -> set[int]:
+        """The ids of those outputs that existed before the watched code ran."""
+        return {id(tensor) for tensor in outputs if not tensor.is_leaf and _made_before(tensor, self._made_from)}
+
     def _note_write(self, func: Any, args: Any, kwargs: Any) -> None:
         target = kwargs.get("out", args[0] if args else None)
         if isinstance(target, Tensor) and self._own is not None:
