@@ -66,6 +66,7 @@ class FunctionalView:
     def __init__(self, root: nn.Module, weights: Sequence[Tensor], track: bool) -> None:
         self.slots = ParameterSlots(root)
         self.token = object()
+        self.reads = 0  # how often the current weights were asked for
         self.track = track
         self.caller: ModuleCaller | None = None
         self.around_call: Callable[[FunctionalView], AbstractContextManager[None]] = _nothing_around
@@ -103,6 +104,7 @@ class FunctionalView:
     def at(self, time: int | None) -> list[Tensor]:
         """The weights of a time, counted from the start or, if negative, from the end."""
         if time is None:
+            self.reads += 1
             return _replayed.weights.get(self.token, self.current)
         self.refuse_inside(f"The weights of time={time} were asked for", "Ask for them")
         if not self.track:

@@ -34,6 +34,8 @@ from lowmem_higher.step import Carry, Layout, StepRecord, StepRun, detached_stat
 class Carries(Protocol):
     """Who hands out carries (the trajectory)."""
 
+    stepping: bool  # whether an inner gradient is being taken
+
     def carry_before(self, record: StepRecord) -> Carry:
         """The carry that a step started from."""
 
@@ -59,13 +61,17 @@ class StepNode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Put the outputs, which are computed already, into the graph."""
         ctx.set_materialize_grads(False)
-        ctx.carries, ctx.record = carries, record
+        ctx.carries, ctx.record, ctx.inputs = carries, record, len(inputs)
         ctx.save_for_backward(*outputs[: len(record.layout.weights_out)])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Pull the cotangents back through the step."""
+        if ctx.carries.stepping:
+            # A weight that no step has used yet is an output of an early node, and an input of all later ones. To get
+            # to it the engine runs those as well; but the inner gradient is the partial derivative, which ends here.
+            return tuple([None] * (3 + ctx.inputs))
         if torch.is_grad_enabled():
             raise HigherOrderError(
                 "A backward with create_graph=True went through a checkpointed context, whose gradient is exact but "

@@ -342,7 +342,7 @@ class Recorder(TorchFunctionMode):
         """Hold copies of constants that the loop may write into before the step: small views, parts of such tensors."""
         for position, leaf in enumerate(node.leaves):
             if isinstance(leaf, Tensor) and not leaf.requires_grad and node.links[position] is None:
-                small_view = leaf._base is not None and leaf.nbytes <= _SMALL_DRAW
+                small_view = leaf._base is not None and leaf.nbytes <= _SMALL
                 if small_view or self._volatile.get(_base(leaf)):
                     node.leaves[position], node.versions[position] = leaf.clone(), 0
 

@@ -147,6 +147,7 @@ class Trajectory:
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
+        self.stepping = False  # an inner gradient is being taken
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
@@ -243,8 +244,12 @@ class Trajectory:
         check_dependence(loss, weights, externals.tensors, self._since, made_inside)
 
         ambient = Ambient.capture()
-        with torch._C._EnableTorchFunction():  # the backward may run the model's code again (rule R7)
-            grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
+        self.stepping = True
+        try:
+            with torch._C._EnableTorchFunction():  # the backward may run the model's code again (rule R7)
+                grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
+        finally:
+            self.stepping = False
         mark = fingerprint(loss, grads) if checked else None
         found: list[Tensor] = []
         callback_rng = None
@@ -255,11 +260,6 @@ class Trajectory:
         with torch.no_grad():
             new_weights, new_state = optimizer.advance(weights, grads, state, optimizer.param_groups)
 
-        # An optimized weight that this step does not use passes through its node all the same. If it stayed an output
-        # of an earlier node, the next inner gradient would run the nodes in between to get there.
-        for index in {index for indices in self._rules._group_to_param_list for index in indices}:
-            if weights[index].requires_grad and new_weights[index] is weights[index]:
-                new_weights[index] = weights[index].detach()
         layout = self._layout(weights, new_weights, state, new_state, externals.tensors)
         keep = not continues or self._tail is None or self._schedule.keeps(self.ledger.steps, self._tail.segment.start)
         segment = self._kept(weights, state) if keep else self._tail.segment  # type: ignore[union-attr]  # see keep
@@ -289,9 +289,8 @@ class Trajectory:
         self.ledger.hold(record.externals)
         inputs = inputs_of(layout, weights, state, externals.tensors)
         # Parts of a joined update share its storage; what the user gets are tensors of their own.
-        same = {weight.data_ptr() for weight in weights}
         parts = outputs_of(layout, new_weights, new_state)
-        outputs = [part.clone() if part._is_view() and part.data_ptr() not in same else part.detach() for part in parts]
+        outputs = [part.clone() if part._is_view() else part.detach() for part in parts]
         attached, past = attach(self, record, outputs, inputs)
         public = list(weights)
         for index, output in zip(layout.weights_out, attached, strict=False):

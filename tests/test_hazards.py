@@ -529,7 +529,7 @@ def test_submodules_that_write_into_their_argument() -> None:
     """`relu = nn.ReLU(inplace=True)`, called in the loop."""
 
     def model() -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Dropout(0.2, inplace=True), nn.Linear(4, 1))
+        return nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Linear(4, 1))
 
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):

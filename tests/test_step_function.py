@@ -415,13 +415,14 @@ def test_R4_arguments_that_change_after_the_step() -> None:
 
 
 def test_R4_a_tensor_argument_modified_in_place_is_refused() -> None:
-    def body(fmodel: Any, diffopt: Any) -> None:
-        x = X.clone()
-        for _ in range(STEPS):
-            diffopt.step(squared_error, x, Y)
-            x.mul_(0.9)
-
     for setting in SETTINGS:
+        x = X.clone()  # from outside; what the loop itself makes is made again
+
+        def body(fmodel: Any, diffopt: Any, x: Tensor = x) -> None:
+            for _ in range(STEPS):
+                diffopt.step(squared_error, x, Y)
+                x.mul_(0.9)
+
         with pytest.raises(higher.ExternalModifiedError, match="modified in place"):
             loop_of(body)(**setting)
 

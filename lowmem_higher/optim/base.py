@@ -307,10 +307,12 @@ class DifferentiableOptimizer:
         track = self._track_higher_grads
         grads = self.gradients(loss, params, create_graph=track)
         if callback is not None:
+            reads = self._fmodel._view.reads
             grads = called_back(callback, grads)
-            # The callback may tie the other weights to one that stays as it is. As the same tensor it would then be
-            # their ancestor, and its next inner gradient the total derivative instead of the partial one.
-            params = [param.view_as(param) if param.requires_grad else param for param in params]
+            if self._fmodel._view.reads != reads:
+                # The callback read the weights, and may tie the others to one that stays as it is. As the same tensor
+                # that one would be their ancestor, and its next inner gradient the total derivative, not the partial.
+                params = [param.view_as(param) if param.requires_grad else param for param in params]
         with torch.set_grad_enabled(track):
             new_params, self.state = self.advance(params, grads, self.state, self.param_groups)
         # Parts of a joined update share its storage; the user gets tensors of their own, which may be edited in place.
