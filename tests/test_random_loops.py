@@ -375,7 +375,7 @@ def update_by_hand(w: World, a: int, b: int) -> None:
         grads = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
         steps = {id(p): g for p, g in zip(trained, grads, strict=True) if g is not None}
         rate = w.leaves["log_lr"].exp()
-        w.fnet.update_params([p - rate * steps[id(p)] if id(p) in steps else p for p in params])
+        w.fnet.update_params([p - rate * steps[id(p)] if id(p) in steps else p + 0.0 for p in params])
     else:
         w.pool.append(w.fnet(w.pick(a), params=[p + 0.0 for p in params]))
 
