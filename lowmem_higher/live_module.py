@@ -24,6 +24,7 @@ from lowmem_higher.patch import (
     copied,
     copy_structure,
     functional_class,
+    refuse_originals,
     renew_buffers,
     rerunning,
 )
@@ -110,6 +111,8 @@ class LiveModule:
     def __init__(self, model: nn.Module, fmodel: FunctionalModule, recorder: Recorder) -> None:
         self.twin = Twin(model)
         self.recorder = recorder
+        self._model = model  # keeps the ids below valid
+        self._originals = {id(param) for param in model.parameters()}
         self._structure = structure_of(list(fmodel.modules()))
         self._state: ModuleState | None = None
         self._visible: list[tuple[int, int]] = []
@@ -167,6 +170,8 @@ class LiveModule:
         with recorder.watching(watcher), follow_view(view):
             out = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            if isinstance(target, str):
+                refuse_originals(watcher.found, self._originals, describe(target))
             if watcher.foreign_writes and torch.is_grad_enabled():
                 raise RecordError(
                     f"{describe(target)} writes into a tensor that is no buffer of the model "

@@ -16,7 +16,7 @@ import operator
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lowmem_higher.errors import RecordError
+from lowmem_higher.watch import Watcher
 
 _OWN_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -66,6 +67,7 @@ class FunctionalView:
     def __init__(self, root: nn.Module, weights: Sequence[Tensor], track: bool) -> None:
         self.slots = ParameterSlots(root)
         self.token = object()
+        self.originals: list[Tensor] | None = None  # the model's own parameters, until the first call was watched
         self.reads = 0  # how often the current weights were asked for
         self.track = track
         self.caller: ModuleCaller | None = None
@@ -291,8 +293,15 @@ class FunctionalModule(nn.Module):
             return view.caller.call_module(self, "", super().__call__, args, kwargs)
         view.take_assigned()
         renew_buffers(self, view.slots)
-        with view.around_call(view):
-            return super().__call__(*args, **kwargs)
+        if view.originals is None:
+            with view.around_call(view):
+                return super().__call__(*args, **kwargs)
+        watcher = Watcher(view.current)
+        with view.around_call(view), watcher.on():
+            out = super().__call__(*args, **kwargs)
+        refuse_originals(watcher.found, {id(param) for param in view.originals}, "The model's forward")
+        view.originals = None
+        return out
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Tensor]:  # type: ignore[override]
         # The override adds `time`, and gives tensors with a graph instead of leaf Parameters, as in `higher`.
@@ -395,6 +404,15 @@ class FunctionalModule(nn.Module):
         return f"fmodel at time {times - 1} of\n{super().__repr__()}"
 
 
+def refuse_originals(found: list[Tensor], originals: Container[int], what: str) -> None:
+    """Raise if code read a parameter of the original model, where the fast weight should have been."""
+    if any(id(tensor) in originals for tensor in found):
+        raise RecordError(
+            f"{what} reads a parameter of the original model, not the fast weight in its place: an attribute, closure "
+            "or another object leads to it. Reach it through self, as a submodule."
+        )
+
+
 def renew_buffers(root: nn.Module, slots: ParameterSlots) -> None:
     """Put copies of the buffers in place before a call that may write into them.
 
@@ -432,6 +450,7 @@ def make_functional_copy(
     root = copy_structure(module)
     view = FunctionalView(root, weights, track)
     view.slots.install_buffers(buffers)
+    view.originals = list(module.parameters())
     root.__dict__["_view"] = view
     root.__class__ = functional_class(type(module))
     return cast(FunctionalModule, root)

@@ -60,8 +60,14 @@ class Watcher(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the arguments of one torch call, then run it."""
         args, kwargs = self.look(args, kwargs or {})
-        if self._own is not None and may_write(getattr(func, "__name__", ""), kwargs):
-            self._note_write(func, args, kwargs)
+        if self._own is not None:
+            name = getattr(func, "__name__", "")
+            if may_write(name, kwargs):
+                self._note_write(func, kwargs.get("out", args[0] if args else None))
+            elif name in ("batch_norm", "instance_norm"):  # write statistics, which no version counts
+                training = kwargs.get("training", kwargs.get("use_input_stats", args[5] if len(args) > 5 else False))
+                if training:
+                    self._note_write(func, kwargs.get("running_mean", args[1] if len(args) > 1 else None))
         out = func(*args, **kwargs)
         for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
             if tensor.requires_grad or self._own is not None:
@@ -91,8 +97,7 @@ class Watcher(TorchFunctionMode):
         """The ids of those outputs that existed before the watched code ran."""
         return {id(tensor) for tensor in outputs if not tensor.is_leaf and _made_before(tensor, self._made_from)}
 
-    def _note_write(self, func: Any, args: Any, kwargs: Any) -> None:
-        target = kwargs.get("out", args[0] if args else None)
+    def _note_write(self, func: Any, target: Any) -> None:
         if isinstance(target, Tensor) and self._own is not None:
             base = target if target._base is None else target._base
             if not {id(target), id(base)} & self._own and not self._made.get(target) and not self._made.get(base):
