@@ -173,7 +173,11 @@ class StepRecord:
         for tensor, version in zip(self.externals, self.versions, strict=True):
             if version_of(tensor) != version:
                 raise modified_error(tensor, version, f"after step {self.time}")
-        return [tensor.detach().requires_grad_() if tensor.requires_grad else tensor for tensor in self.externals]
+        taken = set(self.layout.externals_in)  # as it was at the step: flags may have changed since
+        return [
+            tensor.detach().requires_grad_() if index in taken else tensor.detach()
+            for index, tensor in enumerate(self.externals)
+        ]
 
     def run(
         self,
