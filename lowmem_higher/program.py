@@ -337,6 +337,29 @@ def check_dependence(
             )
 
 
+def check_ancestors(earlier: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Refuse a step whose inner gradient would depend on how its inputs came about.
+
+    Args:
+        earlier: Optimized weights that the last step did not make: set back to those of another time, or passed over.
+        others: What else the step reads.
+
+    Raises:
+        RecordError: One of `others` was made from one of `earlier` by the steps in between. The inner gradient would
+            then be the total derivative, through those steps; a step here takes the partial one.
+    """
+    edges = {_edge(weight) for weight in earlier}
+    oldest = min(number for number, _ in edges) if all(weight.grad_fn is not None for weight in earlier) else 0
+    for other in others:
+        if other.requires_grad and not other.is_leaf and _boundary(other, oldest, edges)[1]:
+            raise RecordError(
+                f"A fast weight of an earlier time is optimized in this step, and a tensor of shape "
+                f"{tuple(other.shape)} that the step reads as well was made from that weight by the steps since. "
+                "The inner gradient would flow back through those steps. Cut one of both: use other.detach(), or go "
+                "back to copies, fmodel.update_params([w.clone() for w in fmodel.parameters(time=k)])."
+            )
+
+
 def _made_since(tensor: Tensor, since: int) -> bool:
     """Whether a tensor's place in the graph is newer than a sequence number."""
     return not tensor.is_leaf and cast(Any, tensor.grad_fn)._sequence_nr() >= since
@@ -413,4 +436,15 @@ def _shown_call(call: Any) -> str:
     return "torch.autograd.grad" if call is torch.autograd.grad else str(name)
 
 
-__all__ = ["Externals", "Instruction", "Leaf", "Ref", "Slice", "StepInputs", "StepProgram", "check_dependence", "cut"]
+__all__ = [
+    "Externals",
+    "Instruction",
+    "Leaf",
+    "Ref",
+    "Slice",
+    "StepInputs",
+    "StepProgram",
+    "check_ancestors",
+    "check_dependence",
+    "cut",
+]

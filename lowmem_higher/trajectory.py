@@ -11,7 +11,7 @@ import functools
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, called_back, check_loss
 from lowmem_higher.patch import FunctionalModule
-from lowmem_higher.program import Externals, Ref, StepProgram, check_dependence, cut
+from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, check_dependence, cut
 from lowmem_higher.pullback import NativeReplay, Replay, StepGraph, TorchReplay, attach, inputs_of, outputs_of
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
@@ -124,6 +124,10 @@ class Ledger:
         )
 
 
+def _nothing() -> None:
+    return None
+
+
 class Trajectory:
     """Takes the steps of one checkpointed inner loop, and pulls them back.
 
@@ -164,6 +168,8 @@ class Trajectory:
         self._outputs: list[weakref.ref[Tensor]] = []
         self._versions: list[int] = []
         self._plain_state: list[Any] = []
+        self._node: Callable[[], Any] = _nothing  # of the last step, weakly
+        self._updated: set[int] = set()  # the weights that some step has changed
         self._segment: weakref.ref[Segment] | None = None  # the one that was replayed last
         self._window = 0
         self._since = 0
@@ -242,6 +248,7 @@ class Trajectory:
         checked = self._checked(program)
         made_inside = functools.partial(self._recorder.made_in, self._window) if checked else None
         check_dependence(loss, weights, externals.tensors, self._since, made_inside)
+        self._check_ancestors(optimizer, weights, externals.tensors)
 
         ambient = Ambient.capture()
         self.stepping = True
@@ -250,6 +257,11 @@ class Trajectory:
                 grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
         finally:
             self.stepping = False
+        held = optimizer.held
+        feeding = tuple([
+            weight.requires_grad and (grads[index] is not None or callback is not None or index not in held)
+            for index, weight in enumerate(weights)
+        ])  # fmt: skip
         mark = fingerprint(loss, grads) if checked else None
         found: list[Tensor] = []
         callback_rng = None
@@ -260,7 +272,7 @@ class Trajectory:
         with torch.no_grad():
             new_weights, new_state = optimizer.advance(weights, grads, state, optimizer.param_groups)
 
-        layout = self._layout(weights, new_weights, state, new_state, externals.tensors)
+        layout = self._layout(weights, feeding, new_weights, state, new_state, externals.tensors)
         keep = not continues or self._tail is None or self._schedule.keeps(self.ledger.steps, self._tail.segment.start)
         segment = self._kept(weights, state) if keep else self._tail.segment  # type: ignore[union-attr]  # see keep
         record = StepRecord(
@@ -305,6 +317,8 @@ class Trajectory:
         self.program = program
         self._uses[program] += 1
         self._tail = record
+        self._node = past.node
+        self._updated.update(layout.weights_out)
         self._outputs = [weakref.ref(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
         self._versions = [version_of(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
         self._plain_state = plain_state(optimizer.state)
@@ -351,6 +365,20 @@ class Trajectory:
             and not any(map(self._recorder.exposed, weights))
         )
 
+    def _check_ancestors(
+        self, optimizer: DifferentiableOptimizer, weights: list[Tensor], externals: list[Tensor]
+    ) -> None:
+        """An optimized weight of an earlier time must be no ancestor of what else this step reads."""
+        last = None if self._tail is None else self._node()
+        earlier = [
+            weights[index]
+            for index in optimizer.held & self._updated
+            if weights[index].requires_grad and (weights[index].grad_fn is None or weights[index].grad_fn is not last)
+        ]
+        if earlier:
+            others = [weight for weight in weights if not any(weight is other for other in earlier)]
+            check_ancestors(earlier, [*others, *externals])
+
     def _checked(self, program: StepProgram) -> bool:
         """Whether this step keeps a fingerprint: under "new" the 1st, 2nd, 4th, 8th ... use of each program.
 
@@ -394,6 +422,7 @@ class Trajectory:
     def _layout(
         self,
         weights: list[Tensor],
+        feeding: Sequence[bool],
         new_weights: list[Tensor],
         state: State,
         new_state: State,
@@ -402,7 +431,7 @@ class Trajectory:
         before = {key: state_leaf(state, key) for key in state_keys(state)}
         layout = Layout(
             trainable=tuple([weight.requires_grad for weight in weights]),
-            weights_in=tuple([index for index, weight in enumerate(weights) if weight.requires_grad]),
+            weights_in=tuple([index for index, feeds in enumerate(feeding) if feeds]),
             state_in=tuple([key for key, leaf in before.items() if leaf.requires_grad]),
             externals_in=tuple([index for index, tensor in enumerate(externals) if tensor.requires_grad]),
             weights_out=tuple([index for index, weight in enumerate(weights) if weight is not new_weights[index]]),

@@ -290,6 +290,51 @@ def retained_attribute_changes(run: Run) -> Tensor:
         return fnet(x).tanh().sum()
 
 
+@right_or_refused
+def reset_with_a_proximal_term(run: Run) -> Tensor:
+    """Back to weights of an earlier time, near those of now: as a function of the former the latter count as well."""
+    net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
+    with run.context(net, sgd_for(net)) as (fnet, diffopt):
+        for t in range(run.steps):
+            loss = (fnet(x[rows(t)]) - y[rows(t)]).square().mean()
+            if t == 20:
+                now = fnet.fast_params
+                fnet.update_params(list(fnet.parameters(time=17)))
+                loss = (fnet(x[rows(t)]) - y[rows(t)]).square().mean()
+                for p, q in zip(fnet.parameters(), now, strict=True):
+                    loss = loss + (p - q).square().sum()
+            diffopt.step(loss)
+        return fnet(x).tanh().sum()
+
+
+@right_or_refused
+def reset_with_a_hidden_state(run: Run) -> Tensor:
+    net, x, y, hidden = run.net(mlp()), run.data(12, 3), run.data(12, 1), torch.zeros(12, 1, dtype=torch.float64)
+    with run.context(net, sgd_for(net)) as (fnet, diffopt):
+        start = fnet.fast_params
+        for t in range(run.steps):
+            out = fnet(x) + 0.5 * hidden
+            hidden = out.tanh()
+            diffopt.step((out - y).square().mean())
+            if t == 20:
+                fnet.update_params(start)
+        return fnet(x).tanh().sum()
+
+
+@right_or_refused
+def a_tensor_made_from_a_weight_before_its_first_step(run: Run) -> Tensor:
+    net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
+    with run.context(net, sgd_for(net)) as (fnet, diffopt):
+        made = fnet[2].weight.sin().sum()
+        for t in range(run.steps):
+            hidden = fnet[0](x[rows(t)])
+            loss = hidden.square().mean()
+            if t >= 20:
+                loss = (fnet[2](hidden.tanh()) - y[rows(t)]).square().mean() * (2 + made)
+            diffopt.step(loss)
+        return fnet(x).tanh().sum()
+
+
 @pytest.mark.parametrize("replay", ["native", "torch"])
 @pytest.mark.parametrize("N", [1, 3, 10, 50])
 @pytest.mark.parametrize("loop", RIGHT_OR_REFUSED, ids=[loop.__name__ for loop in RIGHT_OR_REFUSED])

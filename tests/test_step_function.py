@@ -20,7 +20,11 @@ from lowmem_higher.testing import assert_matches_unrolled, live_bytes
 pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 7
-SETTINGS = [{"checkpoint_every": every, "replay": replay} for every in (1, 3, 10) for replay in ("native", "torch")]
+SETTINGS: list[dict[str, Any]] = [
+    {"checkpoint_every": 1, "replay": "native"},
+    {"checkpoint_every": 3, "replay": "native"},
+    {"checkpoint_every": 3, "replay": "torch"},
+]
 X = torch.sin(torch.arange(48, dtype=torch.float64)).reshape(16, 3)
 Y = torch.cos(3 * torch.arange(16, dtype=torch.float64)).reshape(16, 1)
 
@@ -68,7 +72,7 @@ def loop_of(body: Body) -> Callable[..., Any]:
 
 
 def assert_exact(body: Body, **more: Any) -> None:
-    assert_matches_unrolled(loop_of(body), **more)
+    assert_matches_unrolled(loop_of(body), **{"checkpoint_every": (1, 3), **more})
 
 
 def assert_exact_or_refused(body: Body) -> None:
@@ -487,7 +491,7 @@ def test_a_function_works_after_the_context() -> None:
         outer = (fmodel.eval()(X) - Y).square().mean()
         return torch.autograd.grad(outer, list(model.parameters()))
 
-    assert_matches_unrolled(loop)
+    assert_matches_unrolled(loop, checkpoint_every=(1, 3))
     within = loop_of(body)
     assert within is not None
 

@@ -134,6 +134,11 @@ class DifferentiableOptimizer:
         if override is not None:
             self._apply_override(override)
 
+    @property
+    def held(self) -> frozenset[int]:
+        """The indices of the parameters that are optimized."""
+        return frozenset(index for indices in self._group_to_param_list for index in indices)
+
     elementwise = False  # whether `update` treats each element alone, so that it may run on many parameters joined
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
@@ -151,8 +156,7 @@ class DifferentiableOptimizer:
         Raises:
             ValueError: `loss` depends on none of them.
         """
-        held = sorted({index for indices in self._group_to_param_list for index in indices})
-        wanted = [index for index in held if params[index].requires_grad]
+        wanted = [index for index in sorted(self.held) if params[index].requires_grad]
         targets = [params[index] for index in wanted]
         found = (
             torch.autograd.grad(loss, targets, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
