@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
 from lowmem_higher.patch import FunctionalModule, call_submodules_through, make_functional_copy
 from lowmem_higher.recompute import follow_view
 from lowmem_higher.record import recorder
 from lowmem_higher.report import Report
-from lowmem_higher.schedule import Periodic
-from lowmem_higher.trajectory import Ledger, Trajectory
+from lowmem_higher.schedule import Bounded, Periodic, Revolve, Schedule
+from lowmem_higher.trajectory import Trajectory
 
 _CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
 
@@ -28,26 +29,49 @@ class Settings:
     """The keywords of `innerloop_ctx` that say how gradients are computed, checked."""
 
     checkpoint_every: int | None = None
+    checkpoints: int | None = None
+    steps: int | None = None
     replay: str = "native"
     pullback: str = "reverse"
     verify: str = "new"
 
     def __post_init__(self) -> None:
-        every = self.checkpoint_every
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
-            raise TypeError(
-                f"checkpoint_every={every!r} is a {type(every).__name__}; it must be a whole number of steps, as in "
-                "checkpoint_every=10, or None for the full unroll."
-            )
-        if every is not None and every < 1:
+        _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
+        _check_count("checkpoints", self.checkpoints, "so many carries are held")
+        _check_count("steps", self.steps, "so many inner steps will be taken")
+        if self.checkpoint_every is not None and self.checkpoints is not None:
             raise ValueError(
-                f"checkpoint_every={every} must be at least 1: a carry is kept every so many steps. Use "
-                "checkpoint_every=10, or None for the full unroll."
+                f"checkpoint_every={self.checkpoint_every} and checkpoints={self.checkpoints} are two ways to say "
+                "which carries are kept: every so many steps, or so many in all. Give one of them."
+            )
+        if self.steps is not None and self.checkpoints is None:
+            raise ValueError(
+                f"steps={self.steps} tells for how many steps the carries are to be placed, and needs their number: "
+                f"innerloop_ctx(..., checkpoints=10, steps={self.steps})."
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 allowed = " or ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it can be {allowed}.")
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Which carries are kept; None for the full unroll."""
+        if self.checkpoint_every is not None:
+            return Periodic(self.checkpoint_every)
+        if self.checkpoints is None:
+            return None
+        return Bounded(self.checkpoints) if self.steps is None else Revolve(self.checkpoints, self.steps)
+
+
+def _check_count(name: str, value: object, meaning: str) -> None:
+    example = f"Use {name}=10, or None for the full unroll."
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(
+            f"{name}={value!r} is a {type(value).__name__}; it must be a whole number: {meaning}. {example}"
+        )
+    if value is not None and value < 1:
+        raise ValueError(f"{name}={value} must be at least 1: {meaning}. {example}")
 
 
 class Unrolled:
@@ -82,6 +106,8 @@ def innerloop_ctx(
     track_higher_grads: bool = True,
     *,
     checkpoint_every: int | None = None,
+    checkpoints: int | None = None,
+    steps: int | None = None,
     replay: str = "native",
     pullback: str = "reverse",
     verify: str = "new",
@@ -101,6 +127,9 @@ def innerloop_ctx(
         track_higher_grads: False records no graph at all, for evaluation.
         checkpoint_every: `None` is the full unroll: any order of derivative, memory that grows with every step. N keeps
             the weights of every N-th step only, and recomputes the rest during the outer backward: the same gradient.
+        checkpoints: Instead of `checkpoint_every`: keep so many carries, however many steps there will be. They are
+            spread over the steps while the loop runs, and their slots are used again in the backward.
+        steps: With `checkpoints`: the number of inner steps, if it is known; saves up to an eighth of the replays.
         replay: "native" recomputes the weights first, then differentiates one step at a time. "torch" rebuilds a
             segment through `torch.utils.checkpoint`; slower, an independent check.
         pullback: "reverse", reverse over reverse mode.
@@ -117,10 +146,13 @@ def innerloop_ctx(
     Memory:
         With c = `checkpoint_every`, T steps, |carry| the bytes of fast weights, optimizer state and buffers, and G
         one step's second-order graph: `(ceil(T/c) + c) |carry| + G`, and the tensors that your loop hands in from
-        outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`.
+        outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`. With
+        s = `checkpoints`: `(s + 3) |carry| + G` for any T.
 
     Passes:
         At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
+        With `checkpoints=s` and `steps=T` the fewest first-order runs that s slots allow, for example 3.6 T at T=1000,
+        s=10 and 2.5 T at s=30 (`lowmem_higher.schedule.optimal_runs`); without `steps` at most 1.14 times as many.
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -138,7 +170,7 @@ def innerloop_ctx(
         Grefenstette et al., Generalized inner loop meta-learning, arXiv 1910.01727 (`higher`).
         Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26(1), 2000 (checkpointing of adjoint computations).
     """
-    settings = Settings(checkpoint_every, replay, pullback, verify)
+    settings = Settings(checkpoint_every, checkpoints, steps, replay, pullback, verify)
     where = None if device is None else torch.device(device)
     fmodel = make_functional_copy(model, where, copy_initial_weights, track_higher_grads)
     diffopt = get_diff_optim(
@@ -152,11 +184,11 @@ def innerloop_ctx(
     view = fmodel._view
     view.around_call = follow_view
     with follow_view(view):
-        if settings.checkpoint_every is None or not track_higher_grads:
+        if settings.schedule is None or not track_higher_grads:
             diffopt.follow(None, Unrolled(track_higher_grads))
             yield fmodel, diffopt
             return
-        trajectory = _checkpointed(model, fmodel, diffopt, settings)
+        trajectory = _checkpointed(model, fmodel, diffopt, settings, settings.schedule)
         trajectory.open()
         try:
             yield fmodel, diffopt
@@ -165,13 +197,14 @@ def innerloop_ctx(
 
 
 def _checkpointed(
-    model: nn.Module, fmodel: FunctionalModule, diffopt: DifferentiableOptimizer, settings: Settings
+    model: nn.Module,
+    fmodel: FunctionalModule,
+    diffopt: DifferentiableOptimizer,
+    settings: Settings,
+    schedule: Schedule,
 ) -> Trajectory:
-    assert settings.checkpoint_every is not None
     live = LiveModule(model, fmodel, recorder())
-    trajectory = Trajectory(
-        diffopt, live, recorder(), Periodic(settings.checkpoint_every), settings.replay, settings.verify
-    )
+    trajectory = Trajectory(diffopt, live, recorder(), schedule, settings.replay, settings.verify)
     call_submodules_through(fmodel, live)
     diffopt.follow(trajectory, trajectory)
     return trajectory

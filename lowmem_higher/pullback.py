@@ -48,6 +48,9 @@ class Carries(Protocol):
     def keep(self, carry: Carry) -> Carry:
         """Count a carry that a replay holds."""
 
+    def rebuilt_with(self, last: StepRecord) -> list[StepRecord]:
+        """The steps whose graphs are held together with that of `last`, in order."""
+
     def spent(self, record: StepRecord) -> None:
         """The step was pulled back for the last time."""
 
@@ -214,11 +217,9 @@ class TorchReplay:
         return found
 
     def _rebuild(self, last: StepRecord, carries: Carries) -> None:
-        records = [last]
-        while records[-1].previous is not None:
-            records.append(records[-1].previous)
-        carry = carries.carry_before(records[-1])
-        for record in reversed(records):
+        records = carries.rebuilt_with(last)
+        carry = carries.carry_before(records[0])
+        for record in records:
             weights, state = carry_stand_ins(record, carry)
             externals, runs = record.stand_ins(), list[StepRun]()
             inputs = inputs_of(record.layout, weights, state, externals)

@@ -1,9 +1,4 @@
-"""The trajectory of one inner loop: takes its steps, keeps the carries that the schedule names, hands out the others.
-
-A `Segment` is a kept carry and the steps that follow it up to the next one. Who needs what holds it: the graph's nodes
-hold the records of their steps, a record holds its segment and the record before it in the segment. The trajectory
-itself holds only the newest record. So everything is freed by reference counting, as soon as no gradient can need it.
-"""
+"""The trajectory of one inner loop: takes its steps and pulls them back. It holds the newest record only."""
 
 from __future__ import annotations
 
@@ -13,28 +8,28 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem_higher.carries import Carries
 from lowmem_higher.errors import ExternalModifiedError, RecordError
+from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, called_back, check_loss
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, check_dependence, cut
-from lowmem_higher.pullback import NativeReplay, Replay, StepGraph, TorchReplay, attach, inputs_of, outputs_of
+from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, inputs_of, outputs_of
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
-from lowmem_higher.schedule import Periodic
+from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import (
     Carry,
     Layout,
     StepRecord,
     Update,
-    advance_carry,
     carry_mark,
     detached_state,
     fingerprint,
@@ -46,82 +41,6 @@ from lowmem_higher.step import (
 )
 from lowmem_higher.structure import flatten
 from lowmem_higher.watch import Watcher
-
-
-@dataclass(eq=False)
-class Segment:
-    """A kept carry, and what is replayed from it while the backward works through its steps."""
-
-    start: int
-    carry: Carry
-    replayed: dict[int, Carry] = field(default_factory=dict)
-    graphs: dict[int, StepGraph] = field(default_factory=dict)
-
-
-class Ledger:
-    """Counts runs, and the bytes of the carries that are alive."""
-
-    def __init__(self) -> None:
-        self.steps = self.first_order_runs = self.second_order_runs = 0
-        self.checkpoints = self.checkpoints_peak = 0
-        self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
-        self.externals_bytes = 0
-        self.forward_seconds = self.backward_seconds = 0.0
-        self._storages: Counter[tuple[int, int]] = Counter()
-
-    def keep(self, carry: Carry, *, checkpoint: bool) -> Carry:
-        """Count a carry until it is freed."""
-        size = carry.nbytes
-        self._add(size, int(checkpoint))
-        self.carry_bytes = max(self.carry_bytes, size)
-        weakref.finalize(carry, self._add, -size, -int(checkpoint)).atexit = False
-        return carry
-
-    def _add(self, size: int, checkpoints: int) -> None:
-        self.carries_bytes += size
-        self.checkpoints += checkpoints
-        self.carries_peak_bytes = max(self.carries_peak_bytes, self.carries_bytes)
-        self.checkpoints_peak = max(self.checkpoints_peak, self.checkpoints)
-
-    def count_first_order(self) -> None:
-        """Count a first-order run."""
-        self.first_order_runs += 1
-
-    def count_second_order(self) -> None:
-        """Count a second-order run."""
-        self.second_order_runs += 1
-
-    def hold(self, externals: list[Tensor]) -> None:
-        """Count the storages that a record refers to, each once."""
-        for storage in map(Tensor.untyped_storage, externals):
-            key = (storage.data_ptr(), storage.nbytes())
-            self._storages[key] += 1
-            if self._storages[key] == 1:
-                self.externals_bytes += storage.nbytes()
-
-    def release(self, externals: list[Tensor]) -> None:
-        """Count them off again."""
-        for storage in map(Tensor.untyped_storage, externals):
-            key = (storage.data_ptr(), storage.nbytes())
-            self._storages[key] -= 1
-            if self._storages[key] == 0:
-                del self._storages[key]
-                self.externals_bytes -= storage.nbytes()
-
-    def report(self) -> Report:
-        """The counts as a value."""
-        return Report(
-            self.steps,
-            self.first_order_runs,
-            self.second_order_runs,
-            self.checkpoints,
-            self.checkpoints_peak,
-            self.carry_bytes,
-            self.carries_peak_bytes,
-            self.externals_bytes,
-            self.forward_seconds,
-            self.backward_seconds,
-        )
 
 
 def _nothing() -> None:
@@ -145,7 +64,7 @@ class Trajectory:
         optimizer: DifferentiableOptimizer,
         live: LiveModule,
         recorder: Recorder,
-        schedule: Periodic,
+        schedule: Schedule,
         replay: str,
         verify: str,
     ) -> None:
@@ -155,7 +74,7 @@ class Trajectory:
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
-        self._schedule = schedule
+        self._carries = Carries(schedule, self.ledger)
         strategies: dict[str, type[NativeReplay] | type[TorchReplay]] = {"native": NativeReplay, "torch": TorchReplay}
         self._replay: Replay = strategies[replay](self.ledger.count_second_order)
         self._verify = verify
@@ -170,7 +89,6 @@ class Trajectory:
         self._plain_state: list[Any] = []
         self._node: Callable[[], Any] = _nothing  # of the last step, weakly
         self._updated: set[int] = set()  # the weights that some step has changed
-        self._segment: weakref.ref[Segment] | None = None  # the one that was replayed last
         self._window = 0
         self._since = 0
         self._window_buffers = BufferState(())
@@ -273,8 +191,9 @@ class Trajectory:
             new_weights, new_state = optimizer.advance(weights, grads, state, optimizer.param_groups)
 
         layout = self._layout(weights, feeding, new_weights, state, new_state, externals.tensors)
-        keep = not continues or self._tail is None or self._schedule.keeps(self.ledger.steps, self._tail.segment.start)
-        segment = self._kept(weights, state) if keep else self._tail.segment  # type: ignore[union-attr]  # see keep
+        before = self._tail if continues else None
+        carry = functools.partial(self._carry, weights, state, self._window_buffers)
+        segment = self._carries.segment_of(self.ledger.steps, before, carry)
         record = StepRecord(
             time=self.ledger.steps,
             program=program,
@@ -295,7 +214,7 @@ class Trajectory:
             fingerprint=mark,
             end_mark=None,
             segment=segment,
-            previous=None if keep else self._tail,
+            previous=before if before is not None and before.segment is segment else None,
             release=self.ledger.release,
         )
         self.ledger.hold(record.externals)
@@ -310,8 +229,9 @@ class Trajectory:
         leaves = dict(zip(layout.state_out, attached[len(layout.weights_out) :], strict=True))
 
         # From here on nothing can fail: make the step's results the current ones.
-        if keep and continues and self._tail is not None and self._verify != "off":
-            self._tail.end_mark = carry_mark([*weights, *state_tensors(state)])
+        kept = self._carries.taken(record, carry)
+        if kept and before is not None and self._verify != "off":
+            before.end_mark = carry_mark([*weights, *state_tensors(state)])
         fmodel._view.append(public, past)
         optimizer.state = with_state_leaves(new_state, leaves)
         self.program = program
@@ -441,72 +361,41 @@ class Trajectory:
         )
         return self._layouts.setdefault(layout, layout)
 
-    def _kept(self, weights: list[Tensor], state: State) -> Segment:
-        carry = Carry([w.detach() for w in weights], detached_state(state), self._window_buffers.tensors)
-        return Segment(self.ledger.steps, self.ledger.keep(carry, checkpoint=True))
+    def _carry(self, weights: list[Tensor], state: State, buffers: BufferState) -> Carry:
+        return Carry([w.detach() for w in weights], detached_state(state), buffers.tensors)
 
     # Handing out carries
 
     def keep(self, carry: Carry) -> Carry:
         """Count a carry that a replay holds."""
-        return self.ledger.keep(carry, checkpoint=False)
+        return self._carries.keep(carry)
 
     def carry_before(self, record: StepRecord) -> Carry:
-        """The carry that a step started from; replayed from the nearest earlier one that is held."""
-        segment: Segment = record.segment
-        self._working_on(segment)
-        missing = []
-        current: StepRecord | None = record
-        while current is not None and current.time != segment.start and current.time not in segment.replayed:
-            current = current.previous
-            assert current is not None
-            missing.append(current)
-        assert current is not None
-        if current.time == segment.start:
-            segment.carry.check_unmodified(segment.start)
-            carry = segment.carry
-        else:
-            carry = segment.replayed[current.time]
-        for step in reversed(missing):
-            carry = self._advance(step, carry)
-            segment.replayed[step.time + 1] = carry
-        return carry
+        """The carry that a step started from."""
+        return self._carries.before(record)
 
     def weights_after(self, record: StepRecord) -> list[Tensor]:
-        """The fast weights that a step ended with; replayed, and held until another segment is."""
-        segment: Segment = record.segment
+        """The fast weights that a step ended with."""
         with self._recorder.watching(None):
-            self._working_on(segment)
-            if record.time + 1 not in segment.replayed:
-                segment.replayed[record.time + 1] = self._advance(record, self.carry_before(record))
-        return segment.replayed[record.time + 1].weights
+            return self._carries.after(record).weights
 
-    def _working_on(self, segment: Segment) -> None:
-        """Replayed carries are held of one segment at a time."""
-        before = None if self._segment is None else self._segment()
-        if before is not None and before is not segment:
-            before.replayed.clear()
-            before.graphs.clear()
-        self._segment = weakref.ref(segment)
-
-    def _advance(self, record: StepRecord, carry: Carry) -> Carry:
-        self.ledger.count_first_order()
-        return self.ledger.keep(advance_carry(record, carry), checkpoint=False)
+    def rebuilt_with(self, last: StepRecord) -> list[StepRecord]:
+        """The steps whose graphs are held together with that of `last`."""
+        return self._carries.rebuilt_with(last)
 
     # Going back
 
     def pull_back(self, record: StepRecord, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of a step's inputs, from the cotangents of its outputs."""
         started = time.perf_counter()
-        segment: Segment = record.segment
-        segment.replayed.pop(record.time + 1, None)
         if record is self._tail:
             self._mark_end(record)
+            self._carries.begin_backward(record)
         with self._recorder.watching(None), torch.enable_grad():
             graph = self._replay.graph(record, self)
         with self._recorder.watching(None):
             grads = graph.pull_back(cotangents)
-        segment.replayed.pop(record.time, None)
+        self._carries.passed(record)
         self.ledger.backward_seconds += time.perf_counter() - started
         return grads
 

@@ -1,0 +1,77 @@
+"""Counts what a run costs: runs of steps, carries and externals that are alive."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+
+from torch import Tensor
+
+from lowmem_higher.report import Report
+from lowmem_higher.step import Carry
+
+
+class Ledger:
+    """Counts runs, and the bytes of the carries that are alive."""
+
+    def __init__(self) -> None:
+        self.steps = self.first_order_runs = self.second_order_runs = 0
+        self.checkpoints = self.checkpoints_peak = 0
+        self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
+        self.externals_bytes = 0
+        self.forward_seconds = self.backward_seconds = 0.0
+        self._storages: Counter[tuple[int, int]] = Counter()
+
+    def keep(self, carry: Carry, *, checkpoint: bool) -> Carry:
+        """Count a carry until it is freed."""
+        size = carry.nbytes
+        self._add(size, int(checkpoint))
+        self.carry_bytes = max(self.carry_bytes, size)
+        weakref.finalize(carry, self._add, -size, -int(checkpoint)).atexit = False
+        return carry
+
+    def _add(self, size: int, checkpoints: int) -> None:
+        self.carries_bytes += size
+        self.checkpoints += checkpoints
+        self.carries_peak_bytes = max(self.carries_peak_bytes, self.carries_bytes)
+        self.checkpoints_peak = max(self.checkpoints_peak, self.checkpoints)
+
+    def count_first_order(self) -> None:
+        """Count a first-order run."""
+        self.first_order_runs += 1
+
+    def count_second_order(self) -> None:
+        """Count a second-order run."""
+        self.second_order_runs += 1
+
+    def hold(self, externals: list[Tensor]) -> None:
+        """Count the storages that a record refers to, each once."""
+        for storage in map(Tensor.untyped_storage, externals):
+            key = (storage.data_ptr(), storage.nbytes())
+            self._storages[key] += 1
+            if self._storages[key] == 1:
+                self.externals_bytes += storage.nbytes()
+
+    def release(self, externals: list[Tensor]) -> None:
+        """Count them off again."""
+        for storage in map(Tensor.untyped_storage, externals):
+            key = (storage.data_ptr(), storage.nbytes())
+            self._storages[key] -= 1
+            if self._storages[key] == 0:
+                del self._storages[key]
+                self.externals_bytes -= storage.nbytes()
+
+    def report(self) -> Report:
+        """The counts as a value."""
+        return Report(
+            self.steps,
+            self.first_order_runs,
+            self.second_order_runs,
+            self.checkpoints,
+            self.checkpoints_peak,
+            self.carry_bytes,
+            self.carries_peak_bytes,
+            self.externals_bytes,
+            self.forward_seconds,
+            self.backward_seconds,
+        )
