@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import Carry, StepRecord, advance_carry
@@ -20,9 +22,13 @@ from lowmem_higher.step import Carry, StepRecord, advance_carry
 
 @dataclass(eq=False)
 class Segment:
-    """A run of steps: its kept carries in the order of time, and what is held besides while its steps are worked on."""
+    """A run of steps: its kept carries in the order of time, and what is held besides while its steps are worked on.
+
+    `marks` has a few numbers of carries that the loop went on with, which replays have to arrive at (rule R10).
+    """
 
     kept: dict[int, Carry]
+    marks: dict[int, Tensor] = field(default_factory=dict)
     replayed: dict[int, Carry] = field(default_factory=dict)
     graphs: dict[int, Any] = field(default_factory=dict)  # of steps, by replay="torch"
 
@@ -59,6 +65,7 @@ class Carries:
             keep, dropped = self._schedule.offered(time, list(segment.kept))
             if dropped is not None:
                 del segment.kept[dropped]
+                segment.marks.pop(dropped, None)
             (segment.kept if keep else segment.replayed)[time] = self.keep(carry(), checkpoint=keep)
         return time in segment.kept
 

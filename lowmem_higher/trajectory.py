@@ -212,7 +212,6 @@ class Trajectory:
             callback_rng=callback_rng,
             loss=None if self._verify == "off" else value,
             fingerprint=mark,
-            end_mark=None,
             segment=segment,
             previous=before if before is not None and before.segment is segment else None,
             release=self.ledger.release,
@@ -231,7 +230,7 @@ class Trajectory:
         # From here on nothing can fail: make the step's results the current ones.
         kept = self._carries.taken(record, carry)
         if kept and before is not None and self._verify != "off":
-            before.end_mark = carry_mark([*weights, *state_tensors(state)])
+            before.segment.marks[record.time] = carry_mark([*weights, *state_tensors(state)])
         fmodel._view.append(public, past)
         optimizer.state = with_state_leaves(new_state, leaves)
         self.program = program
@@ -404,7 +403,7 @@ class Trajectory:
         tensors = [tensor for output in self._outputs if (tensor := output()) is not None]
         unchanged = [version_of(tensor) for tensor in tensors] == self._versions
         if self._verify != "off" and unchanged and not any(map(self._recorder.exposed, tensors)):
-            record.end_mark = carry_mark(tensors)
+            record.segment.marks[record.time + 1] = carry_mark(tensors)
 
     def spent(self, record: StepRecord) -> None:
         """The step was pulled back for the last time: if it was the newest, the next one starts from a kept carry."""
