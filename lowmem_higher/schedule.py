@@ -213,6 +213,8 @@ def reversal_runs(steps: int, checkpoints: int) -> int:
         return 0
     if checkpoints < 1:
         return _NEVER
+    if checkpoints == 1:
+        return steps * (steps - 1) // 2
     repetitions, reach = 1, checkpoints + 1  # reach = C(s + r, r)
     while reach < steps:
         repetitions += 1
