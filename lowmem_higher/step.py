@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_higher.custom_rules import advance_again, is_custom
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, called_back
 from lowmem_higher.patch import replayed_weights
@@ -157,6 +158,7 @@ class StepRecord:
     targets: dict[int, Any]
     callback: GradCallback | None
     callback_rng: RngState | None
+    rule_rng: RngState | None
     loss: float | None
     fingerprint: Tensor | None
     end_mark: Tensor | None
@@ -200,7 +202,7 @@ class StepRecord:
             if self.callback is not None:
                 grads = self._call_back(self.callback, grads, weights, externals)
             with torch.set_grad_enabled(create_graph):
-                new_weights, new_state = self.rules.advance(weights, grads, state, self.groups(externals))
+                new_weights, new_state = self._advance(weights, grads, state, externals)
         if self.end_mark is not None:
             check_mark(self, carry_mark([*new_weights, *state_tensors(new_state)]), new_weights[0].dtype)
         return StepRun(new_weights, new_state, new_buffers)
@@ -208,8 +210,7 @@ class StepRecord:
     def _call_back(
         self, callback: GradCallback, grads: Gradients, weights: list[Tensor], externals: list[Tensor]
     ) -> Gradients:
-        stand_ins = {id(self.externals[ref.at]): externals[ref.at] for ref in self.update.found}
-        watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)], stand_ins)
+        watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)], self._stand_ins(externals))
         with (
             torch.enable_grad(),
             rng_restored(self.callback_rng),
@@ -224,6 +225,18 @@ class StepRecord:
                 "example with functools.partial(callback, tensor); in it, fmodel.parameters() are those of its step."
             )
         return used
+
+    def _advance(
+        self, weights: list[Tensor], grads: Gradients, state: State, externals: list[Tensor]
+    ) -> tuple[list[Tensor], State]:
+        groups = self.groups(externals)
+        if is_custom(self.rules):
+            return advance_again(self.rules, weights, grads, state, groups, self._stand_ins(externals), self.rule_rng)
+        return self.rules.advance(weights, grads, state, groups)
+
+    def _stand_ins(self, externals: list[Tensor]) -> dict[int, Tensor]:
+        """For what the callback and the rule read without being given it."""
+        return {id(self.externals[ref.at]): externals[ref.at] for ref in self.update.found}
 
     def groups(self, externals: Sequence[Tensor]) -> list[Group]:
         """The hyperparameters of this step."""

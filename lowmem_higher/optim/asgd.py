@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_higher.optim.arithmetic import at_least, kept, regularized
-from lowmem_higher.optim.base import DifferentiableOptimizer, Group, ParamState, State, descend
+from lowmem_higher.optim.base import DifferentiableOptimizer, Group, ParamState, descend
 
 
 class DifferentiableASGD(DifferentiableOptimizer):

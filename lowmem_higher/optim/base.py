@@ -183,12 +183,16 @@ class DifferentiableOptimizer:
         """
         apply_rule_in_place(self, grouped_grads)
 
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether this class has an `_update` of its own."""
+        return type(self)._update is not DifferentiableOptimizer._update
+
     def advance(
         self, params: Sequence[Tensor], grads: Gradients, state: State, groups: Sequence[Group]
     ) -> tuple[list[Tensor], State]:
         """One update of all parameters; those that it leaves alone stay the same objects."""
-        overridden = type(self)._update is not DifferentiableOptimizer._update
-        if overridden:
+        if self.updates_in_place:
             return run_update(self, params, grads, state, groups)
         return self.apply_rule(params, grads, state, groups)
 
@@ -232,10 +236,7 @@ class DifferentiableOptimizer:
                 param = params[index]
                 alike: tuple[Any, ...] = (position,)
                 if joined and param.numel() <= _JOINED_UP_TO:
-                    numbers = [
-                        (key, None if isinstance(value, Tensor) else value)
-                        for key, value in state.get(position, {}).items()
-                    ]
+                    numbers = [(key, _compared(value)) for key, value in state.get(position, {}).items()]
                     alike = (param.dtype, param.device, *numbers)
                 batches.setdefault(alike, []).append(position)
         return list(batches.values())
@@ -487,6 +488,13 @@ def _as_scalar(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_as_scalar(item) for item in value)
     return value
+
+
+def _compared(value: Any) -> Any:
+    """What must be equal in the state of parameters that are joined: what is no tensor."""
+    if isinstance(value, Tensor):
+        return None
+    return id(value) if type(value).__hash__ is None else value
 
 
 def _has_dimensions(value: Any) -> bool:

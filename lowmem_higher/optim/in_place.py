@@ -1,9 +1,9 @@
 """`higher`'s way to write an optimizer: `_update` puts new parameters and state in the place of the old ones.
 
-Here it runs on a throw-away copy of the optimizer whose `param_groups` and `state` are filled in for one step. So it is
-a function of its inputs like a pure rule, and can be replayed from any step, in any order. What it leaves behind besides
-parameters and state, such as a counter on the optimizer or a decayed learning rate, is taken over where it is a plain
-value; under `checkpoint_every` the rest is refused, since no gradient could follow it.
+Here it runs on a throw-away copy of the optimizer whose `param_groups` and `state` are filled in for one step. So it
+is a function of its inputs like a pure rule, and can be replayed from any step, in any order. What it leaves behind
+besides parameters and state, such as a counter on the optimizer or a decayed learning rate, is taken over where it is a
+plain value; under `checkpoint_every` the rest is refused, since no gradient could follow it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def apply_rule_in_place(optimizer: Any, grouped_grads: Sequence[Sequence[Tensor 
     size = max(params, default=-1) + 1
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     new_params, new_state = optimizer.apply_rule(
-        [params.get(index) for index in range(size)], [grads.get(index) for index in range(size)], optimizer.state, groups
+        [params.get(index) for index in range(size)],
+        [grads.get(index) for index in range(size)],
+        optimizer.state,
+        groups,
     )
     for group, members in zip(optimizer.param_groups, optimizer._group_to_param_list, strict=True):
         group["params"] = [new_params[index] for index in members]
@@ -91,13 +94,13 @@ def _check_results(optimizer: Any, params: Sequence[Tensor], new_params: Sequenc
             found = f"of shape {tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(
                 f"{type(optimizer).__name__}._update put a parameter {found} in the place of one of shape "
-                f"{tuple(old.shape)}. Keep the shape: self.param_groups[i]['params'][j] = p - lr * g, with lr.reshape(()) "
-                "if it has one element."
+                f"{tuple(old.shape)}. Keep the shape: self.param_groups[i]['params'][j] = p - lr * g, where lr has no "
+                "dimension: lr.reshape(())."
             )
     if not all(isinstance(entry, Mapping) for entries in state for entry in entries.values()):
         raise TypeError(
-            f"{type(optimizer).__name__}._update put something else than a dictionary into self.state[i][j], where j is "
-            "the position of a parameter in group i. Write self.state[i][j]['name'] = value."
+            f"{type(optimizer).__name__}._update put something else than a dictionary into self.state[i][j], where j "
+            "is the position of a parameter in group i. Write self.state[i][j]['name'] = value."
         )
 
 
@@ -123,13 +126,13 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in new.items() if key != "params" and old.get(key, _MISSING) is not value}
 
 
-def _check_written(
-    optimizer: Any, written: dict[str, Any], changed: list[dict[str, Any]], mutated: list[str]
-) -> None:
+def _check_written(optimizer: Any, written: dict[str, Any], changed: list[dict[str, Any]], mutated: list[str]) -> None:
     """Refuse what a replay could not find again, or no gradient could follow."""
     names = [f"self.{name}" for name, value in written.items() if not isinstance(value, _PLAIN)]
     names += [f"self.{name}" for name in mutated]
-    names += [f"self.param_groups[{i}][{key!r}]" for i, new in enumerate(changed) for key in new if tensors_in(new[key])]
+    names += [
+        f"self.param_groups[{i}][{key!r}]" for i, new in enumerate(changed) for key in new if tensors_in(new[key])
+    ]
     if names:
         raise RecordError(
             f"{type(optimizer).__name__}._update wrote into {', '.join(names)}, which no replay can follow. Keep what "

@@ -69,7 +69,9 @@ class DifferentiableMuon(DifferentiableOptimizer):
 
 def _towards(start: Tensor, end: Tensor, weight: Any) -> Tensor:
     """A moving average with torch's own kernel: another order of rounding could tip a number in bfloat16."""
-    return start + (end - start) * weight if isinstance(weight, Tensor) else start.lerp(end, weight)
+    if isinstance(weight, Tensor):
+        return start + (end - start) * weight
+    return start.lerp(end, weight)
 
 
 def newton_schulz(matrix: Tensor, coefficients: Any, steps: int, eps: Any) -> Tensor:
@@ -83,7 +85,7 @@ def newton_schulz(matrix: Tensor, coefficients: Any, steps: int, eps: Any) -> Te
     """
     a, b, c = coefficients
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / at_least(safe_sqrt((wide * wide).sum()), eps)
+    x: Tensor = wide / at_least(safe_sqrt((wide * wide).sum()), eps)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -94,7 +96,7 @@ def _rounded_newton_schulz(matrix: Tensor, coefficients: list[float], steps: int
     """The same with the kernels that torch.optim uses, since in bfloat16 each rounds in its own way."""
     a, b, c = coefficients
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / wide.norm().clamp(min=eps)
+    x: Tensor = wide / torch.linalg.vector_norm(wide).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
