@@ -261,15 +261,19 @@ def fingerprint(loss: Tensor, grads: Gradients) -> Tensor:
         parts = [loss.reshape(())]
         for grad in grads:
             if grad is not None:
-                parts += [grad.sum(), torch.linalg.vector_norm(grad)]
+                parts += [_real(grad).sum(), torch.linalg.vector_norm(grad)]
         return torch.stack([part.to(loss.device, torch.float64) for part in parts])
 
 
 def carry_mark(tensors: Sequence[Tensor]) -> Tensor:
     """A few numbers that tell one carry from another: the sum and norm of each of its tensors."""
     with torch.no_grad():
-        parts = [part for tensor in tensors for part in (tensor.sum(), torch.linalg.vector_norm(tensor))]
+        parts = [part for tensor in tensors for part in (_real(tensor).sum(), torch.linalg.vector_norm(tensor))]
         return torch.stack([part.to(tensors[0].device, torch.float64) for part in parts])
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def check_mark(record: StepRecord, found: Tensor, dtype: torch.dtype) -> None:

@@ -488,6 +488,56 @@ def test_no_nan_where_the_second_moment_is_zero(rule: Rule, option: Option) -> N
     assert all(gradient.norm() > 0 for gradient in gradients[len(leaves) :])
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.complex128, generator=generator))
+        self.bias = nn.Parameter(torch.randn(2, dtype=torch.complex128, generator=generator))
+
+    def forward(self, step: int) -> Tensor:
+        x = torch.linspace(-1, 1, 12).reshape(4, 3) * (1 + 0.2j * step)
+        return (x @ self.weight + self.bias - 1j).abs().square().mean()
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if registry._rules[rule.opt].elementwise], ids=label)
+def test_complex_parameters(rule: Rule) -> None:
+    """Their real and imaginary parts count as elements."""
+    net = Complex()
+    opt = rule.opt(net.parameters(), **{**rule.fixed, **rule.variants[0]})
+    with lowmem_higher.innerloop_ctx(net, opt, checkpoint_every=2) as (fnet, diffopt):
+        for step in range(4):
+            opt.zero_grad()
+            net(step).backward()
+            opt.step()
+            diffopt.step(fnet(step))
+            assert_equal_to(opt, net, fnet, diffopt)
+
+    def loop(**settings: Any) -> Any:
+        net, lr = Complex(), torch.tensor(0.05, requires_grad=True)
+        opt = rule.opt(net.parameters(), **{**rule.fixed, **rule.variants[0]})
+        with lowmem_higher.innerloop_ctx(net, opt, override={"lr": [lr]}, copy_initial_weights=False, **settings) as (
+            fnet,
+            diffopt,
+        ):
+            for step in range(4):
+                diffopt.step(fnet(step))
+            return torch.autograd.grad(fnet(5), [lr, *net.parameters()])
+
+    assert_matches_unrolled(loop, checkpoint_every=(3,), replay=("native",))
+
+
+@pytest.mark.parametrize("name", [name for name in ("Adafactor", "Muon") if name in BY_NAME])
+def test_complex_parameters_are_refused_where_torch_refuses_them(name: str) -> None:
+    net = Complex()
+    opt = BY_NAME[name].opt([net.weight])
+    with (
+        lowmem_higher.innerloop_ctx(net, opt) as (fnet, diffopt),
+        pytest.raises(ValueError, match=rf"{name} has no rule for complex parameters.*as two parameters"),
+    ):
+        diffopt.step(fnet(0))
+
+
 def test_a_centered_variance_below_zero_by_rounding_is_zero() -> None:
     """A constant gradient has none; torch's own RMSprop gives NaN for it."""
     net = nn.Linear(3, 1, bias=False)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_higher.optim.arithmetic import at_least, at_most, decayed, kept
+from lowmem_higher.optim.arithmetic import at_least, at_most, check_real, decayed, kept
 from lowmem_higher.optim.base import DifferentiableOptimizer, Group, ParamState, descend, lerp, safe_sqrt
 
 
@@ -28,6 +28,7 @@ class DifferentiableAdafactor(DifferentiableOptimizer):
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """One step; keeps row and column factors of the second moment, or the moment itself for a vector."""
+        check_real(param, "Adafactor")
         step = state.get("step", 0) + 1
         weight_of_old = 1 - step ** group["beta2_decay"]
         eps, smallest_scale = group["eps"]

@@ -29,6 +29,15 @@ def decayed(param: Tensor, grad: Tensor, group: Group, decoupled: bool) -> tuple
     return (param if is_zero(decay) else param * (1 - group["lr"] * decay)), ascended(grad, group)
 
 
+def check_real(param: Tensor, name: str) -> None:
+    """Refuse complex parameters, as torch's optimizer of that name does."""
+    if param.is_complex():
+        raise ValueError(
+            f"{name} has no rule for complex parameters (one is {param.dtype}), in torch.optim neither. Hold real and "
+            "imaginary part as two parameters, or give this one to another optimizer."
+        )
+
+
 def kept(state: ParamState, key: str, like: Tensor) -> Tensor:
     """What the state keeps under a name; zeros before the first step."""
     return state[key] if key in state else torch.zeros_like(like)

@@ -244,6 +244,21 @@ class DifferentiableOptimizer:
     def _update_batch(
         self, params: list[Tensor], grads: list[Any], state: list[dict[str, Any]], group: Group
     ) -> tuple[Sequence[Tensor], list[dict[str, Any]]]:
+        if params[0].is_complex() and self.elementwise:  # real and imaginary parts count as elements, as in torch
+            new_params, new_entries = self._update_batch(
+                [_opened(param) for param in params],
+                [_opened(grad) for grad in grads],
+                [{key: _opened(value) for key, value in entry.items()} for entry in state],
+                group,
+            )
+            shapes = [new.shape for new in new_params]
+            return (
+                [torch.view_as_complex(new) for new in new_params],
+                [
+                    {key: _closed(value, shape) for key, value in entry.items()}
+                    for entry, shape in zip(new_entries, shapes, strict=True)
+                ],
+            )
         if len(params) == 1:
             new_param, new_entry = self.update(params[0], grads[0], state[0], group)
             return [new_param], [new_entry]
@@ -308,7 +323,7 @@ class DifferentiableOptimizer:
                 "step(loss) got further arguments besides a tensor; they belong to step(fn, *args, **kwargs), where "
                 "fn(fmodel, *args, **kwargs) computes the loss. Write step(loss, override=..., grad_callback=...)."
             )
-        groups = self.param_groups
+        groups, state = self.param_groups, self.state
         callback = grad_callback or self._grad_callback
         try:
             if override is not None:
@@ -319,7 +334,7 @@ class DifferentiableOptimizer:
             else:
                 self._unrolled_step(loss(self._fmodel, *args, **kwargs) if callable(loss) else loss, callback)
         except BaseException:
-            self.param_groups = groups
+            self.param_groups, self.state = groups, state
             raise
         if override is not None:  # the same dictionaries, since the user may hold them
             for group, new in zip(groups, self.param_groups, strict=True):
@@ -488,6 +503,17 @@ def _as_scalar(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_as_scalar(item) for item in value)
     return value
+
+
+def _opened(value: Any) -> Any:
+    """A complex tensor as a real one, with one more dimension."""
+    if isinstance(value, Tensor) and value.is_complex():
+        return torch.view_as_real(value.resolve_conj())
+    return value
+
+
+def _closed(value: Any, shape: torch.Size) -> Any:
+    return torch.view_as_complex(value) if isinstance(value, Tensor) and value.shape == shape else value
 
 
 def _compared(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_higher.optim.arithmetic import at_least, decayed, kept
+from lowmem_higher.optim.arithmetic import at_least, check_real, decayed, kept
 from lowmem_higher.optim.base import DifferentiableOptimizer, Group, ParamState, descend, safe_sqrt
 
 
@@ -40,6 +40,7 @@ class DifferentiableMuon(DifferentiableOptimizer):
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """One step; keeps the momentum."""
+        check_real(param, "Muon")
         momentum, lr = group["momentum"], group["lr"]
         buffer = _towards(kept(state, "momentum_buffer", grad), grad, 1 - momentum)
         direction = _towards(grad, buffer, momentum) if group["nesterov"] else buffer
