@@ -281,7 +281,7 @@ def check_mark(record: StepRecord, found: Tensor, dtype: torch.dtype) -> None:
     expected = record.end_mark
     assert expected is not None
     scale = torch.maximum(expected, found).abs()[1::2].repeat_interleave(2)
-    tolerance = _DRIFT.get(dtype, _COARSE_TOLERANCE)
+    tolerance = _DRIFT.get(dtype.to_real(), _COARSE_TOLERANCE)
     if len(found) == len(expected) and bool(((found - expected).abs() <= tolerance * (scale + 1e-30) * 10).all()):
         return
     raise ReplayMismatchError(
@@ -311,7 +311,7 @@ def tolerance_of(record: StepRecord, tensors: Sequence[Tensor]) -> float:
     """How far a replay may differ by rounding, relative."""
     if any(instruction.ambient.autocast_enabled for instruction in record.program.instructions):
         return _COARSE_TOLERANCE
-    return max(_TOLERANCE.get(tensor.dtype, _COARSE_TOLERANCE) for tensor in tensors)
+    return max(_TOLERANCE.get(tensor.dtype.to_real(), _COARSE_TOLERANCE) for tensor in tensors)
 
 
 def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> None:
