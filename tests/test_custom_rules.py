@@ -179,6 +179,23 @@ def test_derivative_by_the_hyperparameters_of_an_update_in_place() -> None:
     assert taylor_test(lambda *at: outer(*at).detach(), [p.detach() for p in point], gradient=list(gradient)) > 1.9
 
 
+class Coupled(DifferentiableOptimizer):
+    """Changes parameters that have no gradient, and reads one parameter for another."""
+
+    def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+        params = self.param_groups[0]["params"]
+        pull = params[0] + params[1].sum()
+        self.param_groups[0]["params"] = [
+            param if not param.requires_grad else param - 0.1 * (param.sin() * pull + (0 if grad is None else grad))
+            for param, grad in zip(params, grouped_grads[0], strict=True)
+        ]
+
+
+def test_an_update_may_change_and_read_every_parameter() -> None:
+    lowmem_higher.register_optim(Heavy, Coupled)
+    assert_matches_unrolled(loop_over(lambda net: Heavy(net.parameters()), {}, steps=6), checkpoint_every=(1, 3))
+
+
 class Clipped(DifferentiableAdam):
     """Changes gradients, then leaves the update to the class it derives from."""
 

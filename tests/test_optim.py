@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import higher
 import pytest
 import torch
 from torch import Tensor, nn
@@ -456,6 +458,31 @@ def test_hyperparameters_with_dimensions(rule: Rule) -> None:
     for name, gradient in plain.items():
         assert gradient.norm() > 0
         torch.testing.assert_close(shaped[name].reshape(gradient.shape), gradient, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["Adadelta", "Adagrad", "Adamax", "RMSprop", "Rprop"])
+@pytest.mark.parametrize("warm", [0, 3], ids=["cold", "warm"])
+def test_gradients_equal_those_of_higher(name: str, warm: int) -> None:
+    """Where those are right: its ASGD gives no gradient to lr, its centered RMSprop NaN."""
+    rule = BY_NAME[name]
+    found = []
+    for library in (higher, lowmem_higher):
+        net = Net()
+        opt = rule.build(net, **{key: value for key, value in rule.variants[0].items() if key != "maximize"})
+        for _ in torch_steps(opt, net, range(warm)):
+            pass
+        without_gradients(net)
+        lr = torch.tensor(rule.floats["lr"], requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Differentiable R", UserWarning)  # higher's advice on RMSprop and Rprop
+            with library.innerloop_ctx(net, opt, override={"lr": [lr]}, copy_initial_weights=False) as (fnet, diffopt):
+                for step in range(5):
+                    diffopt.step(inner_loss(fnet, step + 2))
+                outer = fnet(torch.ones(4, 3), late=True).square().sum() + fnet.idle.square().sum()
+        found.append(torch.autograd.grad(outer, [lr, *trainable(net)], allow_unused=True, materialize_grads=True))
+    assert found[0][0].norm() > 0 or (warm and name == "Rprop")  # which takes lr for its first step only
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
 class Separate(nn.Module):
