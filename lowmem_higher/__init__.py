@@ -13,7 +13,7 @@ from lowmem_higher.errors import (
     ReplayMismatchError,
 )
 from lowmem_higher.innerloop import innerloop_ctx
-from lowmem_higher.optim import get_diff_optim, register_optim
+from lowmem_higher.optim import create_diff_optim, get_diff_optim, register_optim
 from lowmem_higher.report import Report
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "RecordError",
     "ReplayMismatchError",
     "Report",
+    "create_diff_optim",
     "errors",
     "get_diff_optim",
     "innerloop_ctx",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_higher.custom_rules import advance_again, is_custom
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, called_back
 from lowmem_higher.patch import replayed_weights
@@ -157,6 +158,7 @@ class StepRecord:
     targets: dict[int, Any]
     callback: GradCallback | None
     callback_rng: RngState | None
+    rule_rng: RngState | None
     loss: float | None
     fingerprint: Tensor | None
     segment: Any
@@ -199,7 +201,7 @@ class StepRecord:
             if self.callback is not None:
                 grads = self._call_back(self.callback, grads, weights, externals)
             with torch.set_grad_enabled(create_graph):
-                new_weights, new_state = self.rules.advance(weights, grads, state, self.groups(externals))
+                new_weights, new_state = self._advance(weights, grads, state, externals)
         expected = self.segment.marks.get(self.time + 1)
         if expected is not None:
             check_mark(self, expected, carry_mark([*new_weights, *state_tensors(new_state)]), new_weights[0].dtype)
@@ -208,8 +210,7 @@ class StepRecord:
     def _call_back(
         self, callback: GradCallback, grads: Gradients, weights: list[Tensor], externals: list[Tensor]
     ) -> Gradients:
-        stand_ins = {id(self.externals[ref.at]): externals[ref.at] for ref in self.update.found}
-        watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)], stand_ins)
+        watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)], self._stand_ins(externals))
         with (
             torch.enable_grad(),
             rng_restored(self.callback_rng),
@@ -224,6 +225,18 @@ class StepRecord:
                 "example with functools.partial(callback, tensor); in it, fmodel.parameters() are those of its step."
             )
         return used
+
+    def _advance(
+        self, weights: list[Tensor], grads: Gradients, state: State, externals: list[Tensor]
+    ) -> tuple[list[Tensor], State]:
+        groups = self.groups(externals)
+        if is_custom(self.rules):
+            return advance_again(self.rules, weights, grads, state, groups, self._stand_ins(externals), self.rule_rng)
+        return self.rules.advance(weights, grads, state, groups)
+
+    def _stand_ins(self, externals: list[Tensor]) -> dict[int, Tensor]:
+        """For what the callback and the rule read without being given it."""
+        return {id(self.externals[ref.at]): externals[ref.at] for ref in self.update.found}
 
     def groups(self, externals: Sequence[Tensor]) -> list[Group]:
         """The hyperparameters of this step."""
@@ -248,21 +261,25 @@ def fingerprint(loss: Tensor, grads: Gradients) -> Tensor:
         parts = [loss.reshape(())]
         for grad in grads:
             if grad is not None:
-                parts += [grad.sum(), torch.linalg.vector_norm(grad)]
+                parts += [_real(grad).sum(), torch.linalg.vector_norm(grad)]
         return torch.stack([part.to(loss.device, torch.float64) for part in parts])
 
 
 def carry_mark(tensors: Sequence[Tensor]) -> Tensor:
     """A few numbers that tell one carry from another: the sum and norm of each of its tensors."""
     with torch.no_grad():
-        parts = [part for tensor in tensors for part in (tensor.sum(), torch.linalg.vector_norm(tensor))]
+        parts = [part for tensor in tensors for part in (_real(tensor).sum(), torch.linalg.vector_norm(tensor))]
         return torch.stack([part.to(tensors[0].device, torch.float64) for part in parts])
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def check_mark(record: StepRecord, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
     """Rule R10, for a whole segment: its replay must end where the user's loop went on."""
     scale = torch.maximum(expected, found).abs()[1::2].repeat_interleave(2)
-    tolerance = _DRIFT.get(dtype, _COARSE_TOLERANCE)
+    tolerance = _DRIFT.get(dtype.to_real(), _COARSE_TOLERANCE)
     if len(found) == len(expected) and bool(((found - expected).abs() <= tolerance * (scale + 1e-30) * 10).all()):
         return
     raise ReplayMismatchError(
@@ -292,7 +309,7 @@ def tolerance_of(record: StepRecord, tensors: Sequence[Tensor]) -> float:
     """How far a replay may differ by rounding, relative."""
     if any(instruction.ambient.autocast_enabled for instruction in record.program.instructions):
         return _COARSE_TOLERANCE
-    return max(_TOLERANCE.get(tensor.dtype, _COARSE_TOLERANCE) for tensor in tensors)
+    return max(_TOLERANCE.get(tensor.dtype.to_real(), _COARSE_TOLERANCE) for tensor in tensors)
 
 
 def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> None:

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from lowmem_higher.carries import Carries
+from lowmem_higher.custom_rules import advance_first, is_custom
 from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
-from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, State, called_back, check_loss
+from lowmem_higher.optim.base import (
+    DifferentiableOptimizer,
+    GradCallback,
+    Gradients,
+    Group,
+    State,
+    called_back,
+    check_loss,
+)
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, check_dependence, cut
 from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, inputs_of, outputs_of
@@ -175,9 +184,9 @@ class Trajectory:
                 grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
         finally:
             self.stepping = False
-        held = optimizer.held
+        held, reads_all = optimizer.held, callback is not None or optimizer.updates_in_place
         feeding = tuple([
-            weight.requires_grad and (grads[index] is not None or callback is not None or index not in held)
+            weight.requires_grad and (reads_all or grads[index] is not None or index not in held)
             for index, weight in enumerate(weights)
         ])  # fmt: skip
         mark = fingerprint(loss, grads) if checked else None
@@ -186,9 +195,17 @@ class Trajectory:
         if callback is not None:
             grads, found, callback_rng = self._call_back(callback, grads, weights)
         numbers = list(piece.numbers)
-        update = self._configured(optimizer, externals, numbers, ambient, found)
-        with torch.no_grad():
-            new_weights, new_state = optimizer.advance(weights, grads, state, optimizer.param_groups)
+        rules, rule_rng = self._rules, None
+        groups = [dict(group) for group in optimizer.param_groups]
+        if is_custom(optimizer):
+            rules = optimizer.rules_only()
+            advanced, read, rule_rng = advance_first(optimizer, weights, grads, self._recorder.devices)
+            found += read
+        else:
+            with torch.no_grad():
+                advanced = optimizer.advance(weights, grads, state, groups)
+        new_weights, new_state = advanced
+        update = self._configured(groups, externals, numbers, ambient, found)
 
         layout = self._layout(weights, feeding, new_weights, state, new_state, externals.tensors)
         before = self._tail if continues else None
@@ -199,7 +216,7 @@ class Trajectory:
             program=program,
             layout=layout,
             update=update,
-            rules=self._rules,
+            rules=rules,
             names=fmodel._view.slots.names,
             token=fmodel._view.token,
             externals=externals.tensors,
@@ -210,6 +227,7 @@ class Trajectory:
             targets=piece.targets,
             callback=callback,
             callback_rng=callback_rng,
+            rule_rng=rule_rng,
             loss=None if self._verify == "off" else value,
             fingerprint=mark,
             segment=segment,
@@ -318,15 +336,14 @@ class Trajectory:
 
     def _configured(
         self,
-        optimizer: DifferentiableOptimizer,
+        groups: Sequence[Group],
         externals: Externals,
         numbers: list[Any],
         ambient: Ambient,
         found: list[Tensor],
     ) -> Update:
         leaves: list[Any] = []
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        structure = flatten(groups, leaves)
+        structure = flatten([{k: value for k, value in group.items() if k != "params"} for group in groups], leaves)
         refs = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):

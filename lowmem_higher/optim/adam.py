@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_higher.optim.base import DifferentiableOptimizer, Group, ParamState, descend, is_zero, lerp, safe_sqrt
+from lowmem_higher.optim.arithmetic import decayed, kept
+from lowmem_higher.optim.base import DifferentiableOptimizer, Group, ParamState, descend, lerp, safe_sqrt
 
 
 class DifferentiableAdam(DifferentiableOptimizer):
@@ -34,24 +35,11 @@ class DifferentiableAdam(DifferentiableOptimizer):
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """One step; keeps both moments, the step count and, with amsgrad, the largest second moment."""
-        lr, decay = group["lr"], group["weight_decay"]
-        if group.get("maximize", False):
-            grad = -grad
-        if not is_zero(decay):
-            if self._decoupled(group):
-                param = param * (1 - lr * decay)
-            else:
-                grad = grad + decay * param
-        return self._moments(param, grad, state, group)
-
-    def _decoupled(self, group: Group) -> bool:
-        return bool(group.get("decoupled_weight_decay", False))
-
-    def _moments(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         beta1, beta2 = group["betas"]
         step = state.get("step", 0) + 1
-        first = lerp(_moment(state, "exp_avg", grad), grad, beta1)
-        second = lerp(_moment(state, "exp_avg_sq", grad), grad * grad, beta2)
+        param, grad = decayed(param, grad, group, self._decoupled(group))
+        first = lerp(kept(state, "exp_avg", grad), grad, beta1)
+        second = lerp(kept(state, "exp_avg_sq", grad), grad * grad, beta2)
         new_state = {**state, "step": step, "exp_avg": first, "exp_avg_sq": second}
         if group["amsgrad"]:
             largest = state.get("max_exp_avg_sq")
@@ -60,9 +48,8 @@ class DifferentiableAdam(DifferentiableOptimizer):
         denominator = safe_sqrt(second) / correction2**0.5 + group["eps"]
         return descend(param, first / denominator, group["lr"] / correction1), new_state
 
-
-def _moment(state: ParamState, key: str, like: Tensor) -> Tensor:
-    return state[key] if key in state else torch.zeros_like(like)
+    def _decoupled(self, group: Group) -> bool:
+        return bool(group.get("decoupled_weight_decay", False))
 
 
 class DifferentiableAdamW(DifferentiableAdam):

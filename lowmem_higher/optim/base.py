@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from lowmem_higher.optim.in_place import apply_rule_in_place, run_update
 from lowmem_higher.report import Report
 
 _JOINED_UP_TO = 1 << 14  # elements
@@ -121,7 +122,7 @@ class DifferentiableOptimizer:
             )
             self.state.append(
                 {
-                    index: _copied_state(other.state[param], device)
+                    index: _copied_state(other.state[param], device, self.scalars)
                     for index, param in enumerate(group["params"])
                     if other.state.get(param)
                 }
@@ -140,6 +141,7 @@ class DifferentiableOptimizer:
         return frozenset(index for indices in self._group_to_param_list for index in indices)
 
     elementwise = False  # whether `update` treats each element alone, so that it may run on many parameters joined
+    scalars: tuple[str, ...] = ("step",)  # state that is one number for a whole parameter
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """The pure update rule of one parameter; see NOTE [ Pure update rules ]."""
@@ -173,7 +175,28 @@ class DifferentiableOptimizer:
             )
         return grads
 
+    def _update(self, grouped_grads: Sequence[Sequence[Tensor | None]], **kwargs: Any) -> None:
+        """What `higher` has in place of `update`: a subclass may override it instead.
+
+        It reads the parameters `self.param_groups[group]["params"]`, their gradients `grouped_grads[group]` (None for
+        frozen and unused ones), the state `self.state[group][position]`, a dictionary, and puts new tensors in place.
+        """
+        apply_rule_in_place(self, grouped_grads)
+
+    @property
+    def updates_in_place(self) -> bool:
+        """Whether this class has an `_update` of its own."""
+        return type(self)._update is not DifferentiableOptimizer._update
+
     def advance(
+        self, params: Sequence[Tensor], grads: Gradients, state: State, groups: Sequence[Group]
+    ) -> tuple[list[Tensor], State]:
+        """One update of all parameters; those that it leaves alone stay the same objects."""
+        if self.updates_in_place:
+            return run_update(self, params, grads, state, groups)
+        return self.apply_rule(params, grads, state, groups)
+
+    def apply_rule(
         self, params: Sequence[Tensor], grads: Gradients, state: State, groups: Sequence[Group]
     ) -> tuple[list[Tensor], State]:
         """Apply the rule to every parameter that has a gradient; the others stay the same objects.
@@ -184,7 +207,7 @@ class DifferentiableOptimizer:
         new_params, new_state = list(params), [dict(group_state) for group_state in state]
         for group, indices, old_state, entries in zip(groups, self._group_to_param_list, state, new_state, strict=True):
             group = {key: _as_scalar(value) for key, value in group.items()}
-            joined = self.elementwise and not any(isinstance(value, Tensor) and value.ndim for value in group.values())
+            joined = self._joins(group, old_state)
             for positions in self._batches(params, grads, indices, old_state, joined):
                 batch = [indices[position] for position in positions]
                 old = [old_state.get(position, {}) for position in positions]
@@ -193,6 +216,10 @@ class DifferentiableOptimizer:
                 for position, index, tensor, entry in zip(positions, batch, new_tensors, new_entries, strict=True):
                     new_params[index], entries[position] = tensor, entry
         return new_params, new_state
+
+    def _joins(self, group: Group, state: dict[int, dict[str, Any]]) -> bool:
+        """Whether small parameters may be joined: no hyperparameter has a value for each element."""
+        return self.elementwise and not any(map(_has_dimensions, group.values()))
 
     def _batches(
         self,
@@ -209,10 +236,7 @@ class DifferentiableOptimizer:
                 param = params[index]
                 alike: tuple[Any, ...] = (position,)
                 if joined and param.numel() <= _JOINED_UP_TO:
-                    numbers = [
-                        (key, None if isinstance(value, Tensor) else value)
-                        for key, value in state.get(position, {}).items()
-                    ]
+                    numbers = [(key, _compared(value)) for key, value in state.get(position, {}).items()]
                     alike = (param.dtype, param.device, *numbers)
                 batches.setdefault(alike, []).append(position)
         return list(batches.values())
@@ -220,6 +244,21 @@ class DifferentiableOptimizer:
     def _update_batch(
         self, params: list[Tensor], grads: list[Any], state: list[dict[str, Any]], group: Group
     ) -> tuple[Sequence[Tensor], list[dict[str, Any]]]:
+        if params[0].is_complex() and self.elementwise:  # real and imaginary parts count as elements, as in torch
+            new_params, new_entries = self._update_batch(
+                [_opened(param) for param in params],
+                [_opened(grad) for grad in grads],
+                [{key: _opened(value) for key, value in entry.items()} for entry in state],
+                group,
+            )
+            shapes = [new.shape for new in new_params]
+            return (
+                [torch.view_as_complex(new) for new in new_params],
+                [
+                    {key: _closed(value, shape) for key, value in entry.items()}
+                    for entry, shape in zip(new_entries, shapes, strict=True)
+                ],
+            )
         if len(params) == 1:
             new_param, new_entry = self.update(params[0], grads[0], state[0], group)
             return [new_param], [new_entry]
@@ -284,7 +323,7 @@ class DifferentiableOptimizer:
                 "step(loss) got further arguments besides a tensor; they belong to step(fn, *args, **kwargs), where "
                 "fn(fmodel, *args, **kwargs) computes the loss. Write step(loss, override=..., grad_callback=...)."
             )
-        groups = self.param_groups
+        groups, state = self.param_groups, self.state
         callback = grad_callback or self._grad_callback
         try:
             if override is not None:
@@ -295,7 +334,7 @@ class DifferentiableOptimizer:
             else:
                 self._unrolled_step(loss(self._fmodel, *args, **kwargs) if callable(loss) else loss, callback)
         except BaseException:
-            self.param_groups = groups
+            self.param_groups, self.state = groups, state
             raise
         if override is not None:  # the same dictionaries, since the user may hold them
             for group, new in zip(groups, self.param_groups, strict=True):
@@ -466,14 +505,40 @@ def _as_scalar(value: Any) -> Any:
     return value
 
 
-def _copied_state(state: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
-    """A detached copy of one parameter's torch.optim state; counters become Python numbers."""
+def _opened(value: Any) -> Any:
+    """A complex tensor as a real one, with one more dimension."""
+    if isinstance(value, Tensor) and value.is_complex():
+        return torch.view_as_real(value.resolve_conj())
+    return value
+
+
+def _closed(value: Any, shape: torch.Size) -> Any:
+    return torch.view_as_complex(value) if isinstance(value, Tensor) and value.shape == shape else value
+
+
+def _compared(value: Any) -> Any:
+    """What must be equal in the state of parameters that are joined: what is no tensor."""
+    if isinstance(value, Tensor):
+        return None
+    return id(value) if type(value).__hash__ is None else value
+
+
+def _has_dimensions(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    return isinstance(value, (tuple, list)) and any(map(_has_dimensions, value))
+
+
+def _copied_state(state: Mapping[str, Any], device: torch.device | None, scalars: Sequence[str]) -> dict[str, Any]:
+    """A detached copy of one parameter's torch.optim state; `scalars` become Python numbers."""
     copied: dict[str, Any] = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            copied[key] = value
+            copied[key] = copy.deepcopy(value)
         elif key == "step":
             copied[key] = int(value.item())
+        elif key in scalars:
+            copied[key] = value.item()
         else:
             copied[key] = value.detach().clone().to(device or value.device)
     return copied

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowmem_higher.optim.arithmetic import regularized
 from lowmem_higher.optim.base import DifferentiableOptimizer, Group, ParamState, descend, is_zero
 
 
@@ -30,10 +31,7 @@ class DifferentiableSGD(DifferentiableOptimizer):
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """One step; keeps a momentum buffer if there is momentum."""
         momentum, dampening = group["momentum"], group["dampening"]
-        if group.get("maximize", False):
-            grad = -grad
-        if not is_zero(group["weight_decay"]):
-            grad = grad + group["weight_decay"] * param
+        grad = regularized(param, grad, group)
         if is_zero(momentum):
             return descend(param, grad, group["lr"]), dict(state)
         old = state.get("momentum_buffer")
