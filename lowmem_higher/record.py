@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, capture_rng, same_rng
-from lowmem_higher.structure import Structure, flatten, tensors_in
+from lowmem_higher.structure import Structure, bytes_of, flatten, tensors_in
 from lowmem_higher.tensor_map import TensorMap
 from lowmem_higher.watch import Watcher, intercepted_apply, may_write
 
@@ -325,14 +325,14 @@ class Recorder(TorchFunctionMode):
                 self._written.pop(_base(tensor))
         small = _SMALL if node.rng is None else _SMALL_DRAW
         if getattr(node.call, "__name__", "") not in _CUTS:
-            small = max([small, *(tensor.nbytes - 1 for tensor in tensors)])
+            small = max([small, *(bytes_of(tensor) - 1 for tensor in tensors)])
         made = False
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
                 self.devices.add(tensor.device)
             if id(tensor) in inputs or id(tensor) in older or (tensor.requires_grad and tensor.is_leaf):
                 continue  # a leaf that requires grad is an input, whoever made it
-            if tensor.requires_grad or (followed and tensor.nbytes > small):
+            if tensor.requires_grad or (followed and bytes_of(tensor) > small):
                 made = True
                 self._made.set(tensor, Link(node, index, version_of(tensor), tensor.is_leaf))
         if made and not followed:
