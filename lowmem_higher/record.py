@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, capture_rng, same_rng
 from lowmem_higher.structure import Structure, bytes_of, flatten, tensors_in
 from lowmem_higher.tensor_map import TensorMap
-from lowmem_higher.watch import Watcher, intercepted_apply, may_write
+from lowmem_higher.watch import Watcher, intercepted_apply, may_write, written_statistics
 
 _SMALL = 64  # bytes: a tensor of this size costs no more than the record of how it was made
 _SMALL_DRAW = 5056  # bytes: the state of the CPU's generator, which replaying a draw would need
@@ -251,8 +251,9 @@ class Recorder(TorchFunctionMode):
             return run(*args, **kwargs)
         if call == _TAKE_DATA:
             self._exposed.set(args[0], True)
+        statistics = written_statistics(call, args, kwargs)
         leaves: list[Any] = []
-        structure = flatten((args, kwargs), leaves)
+        structure = flatten(_without(statistics, args, kwargs) if statistics else (args, kwargs), leaves)
         if may_write(name, kwargs):
             self._copy_before_write(leaves)
         node = self.new_node(call, structure, leaves)
@@ -268,6 +269,8 @@ class Recorder(TorchFunctionMode):
         written = [
             position for position in tensors if version_of(leaves[position]) != node.versions[position]
         ]  # fmt: skip
+        for tensor in statistics:
+            self._volatile.set(_base(tensor), True)
         outputs = tensors_in(out)
         if written or outputs:
             self.add(node, outputs, written)
@@ -366,6 +369,13 @@ class Recorder(TorchFunctionMode):
                 before = target.clone()
             node = Node(next(self._indices), torch.clone, _ONE_TENSOR, [before])
             self._made.set(target, Link(node, 0, version_of(target), True))
+
+
+def _without(statistics: list[Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The same arguments without running statistics, on which the result of a call that writes them does not depend."""
+    written = {id(tensor) for tensor in statistics}
+    left = tuple([None if id(value) in written else value for value in args])
+    return left, {key: None if id(value) in written else value for key, value in kwargs.items()}
 
 
 _ONE_TENSOR = flatten(((torch.empty(0),), {}), [])
