@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import nn
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
-from lowmem_higher.patch import FunctionalModule, call_submodules_through, make_functional_copy
+from lowmem_higher.patch import FunctionalModule, FunctionalView, call_submodules_through, make_functional_copy
 from lowmem_higher.recompute import follow_view
 from lowmem_higher.record import recorder
 from lowmem_higher.report import Report
 from lowmem_higher.schedule import Bounded, Periodic, Revolve, Schedule
+from lowmem_higher.second_order import second_order, second_order_here
 from lowmem_higher.trajectory import Trajectory
 
 _CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
@@ -182,8 +183,8 @@ def innerloop_ctx(
         track_higher_grads=track_higher_grads,
     )
     view = fmodel._view
-    view.around_call = follow_view
-    with follow_view(view):
+    view.around_call = _around_call
+    with follow_view(view), second_order() if track_higher_grads else nullcontext():
         if settings.schedule is None or not track_higher_grads:
             diffopt.follow(None, Unrolled(track_higher_grads))
             yield fmodel, diffopt
@@ -194,6 +195,12 @@ def innerloop_ctx(
             yield fmodel, diffopt
         finally:
             trajectory.close()
+
+
+@contextmanager
+def _around_call(view: FunctionalView) -> Iterator[None]:
+    with follow_view(view), second_order_here() if view.track else nullcontext():
+        yield
 
 
 def _checkpointed(

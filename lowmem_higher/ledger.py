@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from itertools import chain
 
 from torch import Tensor
 
 from lowmem_higher.report import Report
 from lowmem_higher.step import Carry
+from lowmem_higher.structure import storages_of
 
 
 class Ledger:
@@ -46,7 +48,7 @@ class Ledger:
 
     def hold(self, externals: list[Tensor]) -> None:
         """Count the storages that a record refers to, each once."""
-        for storage in map(Tensor.untyped_storage, externals):
+        for storage in chain.from_iterable(map(storages_of, externals)):
             key = (storage.data_ptr(), storage.nbytes())
             self._storages[key] += 1
             if self._storages[key] == 1:
@@ -54,7 +56,7 @@ class Ledger:
 
     def release(self, externals: list[Tensor]) -> None:
         """Count them off again."""
-        for storage in map(Tensor.untyped_storage, externals):
+        for storage in chain.from_iterable(map(storages_of, externals)):
             key = (storage.data_ptr(), storage.nbytes())
             self._storages[key] -= 1
             if self._storages[key] == 0:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowmem_higher.interception import Interception
 from lowmem_higher.patch import FunctionalView, ParameterSlots, copied, marked_as_rerun
+from lowmem_higher.second_order import second_order_here
 
 Rerun = Callable[..., Any]
 Bind = Callable[[Rerun], Rerun]
@@ -59,6 +60,7 @@ class FixedWeights:
         def rerun(*args: Any, **kwargs: Any) -> Any:
             with ExitStack() as stack:
                 stack.enter_context(marked_as_rerun())
+                stack.enter_context(second_order_here())
                 stack.enter_context(self._slots.installed(self._weights, copied(buffers)))
                 stack.enter_context(_interception.by(self))  # for a checkpoint inside this one
                 if self._around is not None:

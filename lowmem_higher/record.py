@@ -35,9 +35,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, capture_rng, same_rng
-from lowmem_higher.structure import Structure, flatten, tensors_in
+from lowmem_higher.structure import Structure, bytes_of, flatten, tensors_in
 from lowmem_higher.tensor_map import TensorMap
-from lowmem_higher.watch import Watcher, intercepted_apply, may_write
+from lowmem_higher.watch import Watcher, intercepted_apply, may_write, written_statistics
 
 _SMALL = 64  # bytes: a tensor of this size costs no more than the record of how it was made
 _SMALL_DRAW = 5056  # bytes: the state of the CPU's generator, which replaying a draw would need
@@ -251,8 +251,9 @@ class Recorder(TorchFunctionMode):
             return run(*args, **kwargs)
         if call == _TAKE_DATA:
             self._exposed.set(args[0], True)
+        statistics = written_statistics(call, args, kwargs)
         leaves: list[Any] = []
-        structure = flatten((args, kwargs), leaves)
+        structure = flatten(_without(statistics, args, kwargs) if statistics else (args, kwargs), leaves)
         if may_write(name, kwargs):
             self._copy_before_write(leaves)
         node = self.new_node(call, structure, leaves)
@@ -268,6 +269,8 @@ class Recorder(TorchFunctionMode):
         written = [
             position for position in tensors if version_of(leaves[position]) != node.versions[position]
         ]  # fmt: skip
+        for tensor in statistics:
+            self._volatile.set(_base(tensor), True)
         outputs = tensors_in(out)
         if written or outputs:
             self.add(node, outputs, written)
@@ -325,14 +328,14 @@ class Recorder(TorchFunctionMode):
                 self._written.pop(_base(tensor))
         small = _SMALL if node.rng is None else _SMALL_DRAW
         if getattr(node.call, "__name__", "") not in _CUTS:
-            small = max([small, *(tensor.nbytes - 1 for tensor in tensors)])
+            small = max([small, *(bytes_of(tensor) - 1 for tensor in tensors)])
         made = False
         for index, tensor in enumerate(outputs):
             if tensor.device.type != "cpu":
                 self.devices.add(tensor.device)
             if id(tensor) in inputs or id(tensor) in older or (tensor.requires_grad and tensor.is_leaf):
                 continue  # a leaf that requires grad is an input, whoever made it
-            if tensor.requires_grad or (followed and tensor.nbytes > small):
+            if tensor.requires_grad or (followed and bytes_of(tensor) > small):
                 made = True
                 self._made.set(tensor, Link(node, index, version_of(tensor), tensor.is_leaf))
         if made and not followed:
@@ -366,6 +369,13 @@ class Recorder(TorchFunctionMode):
                 before = target.clone()
             node = Node(next(self._indices), torch.clone, _ONE_TENSOR, [before])
             self._made.set(target, Link(node, 0, version_of(target), True))
+
+
+def _without(statistics: list[Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The same arguments without running statistics, on which the result of a call that writes them does not depend."""
+    written = {id(tensor) for tensor in statistics}
+    left = tuple([None if id(value) in written else value for value in args])
+    return left, {key: None if id(value) in written else value for key, value in kwargs.items()}
 
 
 _ONE_TENSOR = flatten(((torch.empty(0),), {}), [])

@@ -16,7 +16,7 @@ from lowmem_higher.patch import replayed_weights
 from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
-from lowmem_higher.structure import Structure, unflatten
+from lowmem_higher.structure import Structure, storages_of, unflatten
 from lowmem_higher.watch import Watcher
 
 StateKey = tuple[int, int, str]  # parameter group, parameter in it, name
@@ -42,8 +42,8 @@ class Carry:
     @property
     def nbytes(self) -> int:
         """Bytes of the distinct storages."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.tensors()}
-        return sum(storages.values())
+        storages = [storage for tensor in self.tensors() for storage in storages_of(tensor)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def check_unmodified(self, time: int) -> None:
         """Rule R4, for the carry: fast weights are updated by steps and `update_params`, not in place."""

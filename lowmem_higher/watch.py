@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import TorchFunctionMode
@@ -64,10 +65,8 @@ class Watcher(TorchFunctionMode):
             name = getattr(func, "__name__", "")
             if may_write(name, kwargs):
                 self._note_write(func, kwargs.get("out", args[0] if args else None))
-            elif name in ("batch_norm", "instance_norm"):  # write statistics, which no version counts
-                training = kwargs.get("training", kwargs.get("use_input_stats", args[5] if len(args) > 5 else False))
-                if training:
-                    self._note_write(func, kwargs.get("running_mean", args[1] if len(args) > 1 else None))
+            for tensor in written_statistics(func, args, kwargs):
+                self._note_write(func, tensor)
         out = func(*args, **kwargs)
         for tensor in (out,) if isinstance(out, Tensor) else tensors_in(out):
             if tensor.requires_grad or self._own is not None:
@@ -135,6 +134,27 @@ def may_write(name: str, kwargs: Mapping[str, Any]) -> bool:
         or kwargs.get("out") is not None
         or bool(kwargs.get("inplace"))
     )
+
+
+def written_statistics(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The running statistics that a normalization in training mode writes; no version counts most of these writes."""
+    if func not in _NORMALIZATIONS:
+        return []
+    first, switch, usually = _NORMALIZATIONS[func]
+    if not kwargs.get(switch, args[5] if len(args) > 5 else usually):
+        return []
+    given = [args[first + k] if len(args) > first + k else kwargs.get(name) for k, name in enumerate(_STATISTICS)]
+    return [tensor for tensor in given if tensor is not None]
+
+
+_STATISTICS = ("running_mean", "running_var")
+_NORMALIZATIONS = {  # where the statistics stand; the switch, their sixth argument; what it is by default
+    F.batch_norm: (1, "training", False),
+    F.instance_norm: (1, "use_input_stats", True),
+    torch.batch_norm: (3, "training", False),
+    torch.native_batch_norm: (3, "training", False),
+    torch.instance_norm: (3, "use_input_stats", True),
+}
 
 
 def _made_before(tensor: Tensor, sequence_number: int) -> bool:

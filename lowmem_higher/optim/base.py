@@ -165,6 +165,11 @@ class DifferentiableOptimizer:
             if wanted
             else ()
         )
+        if any(grad is not None and grad.layout is not torch.strided for grad in found):
+            raise ValueError(
+                "A gradient is a sparse tensor, of which torch has no second derivative. Build the layer with dense "
+                "gradients: nn.Embedding(..., sparse=False)."
+            )
         grads: list[Tensor | None] = [None] * len(params)
         for index, grad in zip(wanted, found, strict=True):
             grads[index] = grad

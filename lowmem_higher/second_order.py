@@ -1,0 +1,86 @@
+"""Calls whose second derivative torch lacks or gets wrong, run in a form that has it.
+
+NOTE [ Second derivatives ]
+
+An inner loop is differentiated twice. While gradients are recorded in it, two kinds of calls take another form:
+
+* Attention. The fused kernels have no second derivative, so every model that attends would fail. The math back end
+  is used instead; the user's choice is back after the call, and stands where nothing is recorded (an evaluation under
+  `no_grad`). The loop uses the form that its replays use: fused kernels round differently and draw other dropout masks.
+* `torch._weight_norm`, under both of torch's `weight_norm`. Its kernel's second derivative is wrong without a word
+  (torch 2.13 on a CPU: `gradgradcheck` fails). The formula of Salimans and Kingma (arXiv 1602.07868) is right.
+
+The calls are found by their place in torch. A model that imported one of them by name, `from torch.nn.functional import
+scaled_dot_product_attention`, keeps torch's own, whose error is loud.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lowmem_higher.interception import Interception
+
+_switching = threading.RLock()  # which kernel attends is one choice for all threads
+
+
+def _math_attention(original: Any, *args: Any, **kwargs: Any) -> Any:
+    with _switching, sdpa_kernel(SDPBackend.MATH):
+        return original(*args, **kwargs)
+
+
+def _weight_norm(original: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _instead(form: Callable[..., Any]) -> Callable[[Any], Any]:
+    def replacement(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if _interceptions[0].handlers() and torch.is_grad_enabled():
+                return form(original, *args, **kwargs)
+            return original(*args, **kwargs)
+
+        return call
+
+    return replacement
+
+
+_interceptions: list[Interception[object]] = [
+    Interception(F, "scaled_dot_product_attention", _instead(_math_attention)),
+    Interception(torch, "_weight_norm", _instead(_weight_norm)),
+    Interception(importlib.import_module("torch.nn.utils.weight_norm"), "_weight_norm", _instead(_weight_norm)),
+]
+
+
+@contextmanager
+def second_order() -> Iterator[None]:
+    """Run the calls of this thread in a form that can be differentiated twice, inside the block.
+
+    Example:
+        >>> q = torch.randn(1, 2, 3, 4, requires_grad=True)
+        >>> with second_order():
+        ...     attended = F.scaled_dot_product_attention(q, q, q)
+        >>> (first,) = torch.autograd.grad(attended.square().sum(), q, create_graph=True)
+        >>> torch.autograd.grad(first.sum(), q)[0].shape
+        torch.Size([1, 2, 3, 4])
+    """
+    handler = object()
+    with ExitStack() as stack:
+        for interception in _interceptions:
+            stack.enter_context(interception.by(handler))
+        yield
+
+
+def second_order_here() -> AbstractContextManager[None]:
+    """The same for a block that ends before one that it may stand in: there it does nothing."""
+    return nullcontext() if _interceptions[0].handlers() else second_order()
