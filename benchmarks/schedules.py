@@ -25,7 +25,7 @@ import torch
 from lowmem_higher.schedule import Bounded, optimal_runs, reversal_runs
 
 SLOTS = (*range(1, 21), 30, 100)
-COMPARED = ((100, 10), (1000, 10), (1000, 30), (10_000, 10), (10_000, 30), (10_000, 100))
+COMPARED = ((100, 10), (1000, 10), (1000, 30), (1000, 100), (10_000, 10), (10_000, 30), (10_000, 100))
 
 
 def ended(held: list[int], steps: int, slots: int) -> int:
