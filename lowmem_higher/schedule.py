@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-_DECISIONS_PER_SLOT = 16  # while the number of steps grows by as much again
+_FINENESS = 1024  # a carry is placed to within this part of the way so far
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class Bounded:
         if len(held) <= self.checkpoints:
             return True, None
         gaps = _gaps(held, time)
-        if gaps[-1] % max(1, (time - held[0]) // (_DECISIONS_PER_SLOT * self.checkpoints)):
-            return False, None  # on a long way it does not matter within a few steps where a carry lies
+        if gaps[-1] % max(1, (time - held[0]) // _FINENESS):
+            return False, None  # deciding at every step of a long way would cost time and save nothing
         without, _ = _best_merge([*gaps[:-1], gaps[-1] + 1], self.checkpoints)
         with_it, merged = _best_two_merges([*gaps, 1], self.checkpoints)
         return (True, held[merged + 1]) if with_it <= without else (False, None)
