@@ -204,7 +204,7 @@ class StepRecord:
                 new_weights, new_state = self._advance(weights, grads, state, externals)
         expected = self.segment.marks.get(self.time + 1)
         if expected is not None:
-            check_mark(self, expected, carry_mark([*new_weights, *state_tensors(new_state)]), new_weights[0].dtype)
+            check_mark(self, expected, carry_mark([*new_weights, *state_tensors(new_state)]), new_weights)
         return StepRun(new_weights, new_state, new_buffers)
 
     def _call_back(
@@ -276,10 +276,10 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def check_mark(record: StepRecord, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
+def check_mark(record: StepRecord, expected: Tensor, found: Tensor, weights: Sequence[Tensor]) -> None:
     """Rule R10, for a whole segment: its replay must end where the user's loop went on."""
     scale = torch.maximum(expected, found).abs()[1::2].repeat_interleave(2)
-    tolerance = _DRIFT.get(dtype.to_real(), _COARSE_TOLERANCE)
+    tolerance = max(_DRIFT.get(weight.dtype.to_real(), _COARSE_TOLERANCE) for weight in weights)
     if len(found) == len(expected) and bool(((found - expected).abs() <= tolerance * (scale + 1e-30) * 10).all()):
         return
     raise ReplayMismatchError(
