@@ -20,8 +20,8 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,12 +54,13 @@ def _weight_norm(original: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def _instead(form: Callable[..., Any], usual: Any = None) -> Callable[[Any], Any]:
+    @functools.cache
     def replacement(found: Any) -> Any:
         original = found or usual
 
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if _interceptions[0].handlers() and torch.is_grad_enabled():
+            if _interception.handlers() and torch.is_grad_enabled():
                 return form(original, *args, **kwargs)
             return original(*args, **kwargs)
 
@@ -68,19 +69,18 @@ def _instead(form: Callable[..., Any], usual: Any = None) -> Callable[[Any], Any
     return replacement
 
 
-_interceptions: list[Interception[object]] = [
-    Interception(F, "scaled_dot_product_attention", _instead(_math_attention)),
+_interception: Interception[object] = Interception(
+    (F, "scaled_dot_product_attention", _instead(_math_attention)),
     *(
-        Interception(torch._VF, name, _instead(_without_cudnn, getattr(torch._VF, name)))
+        (torch._VF, name, _instead(_without_cudnn, getattr(torch._VF, name)))
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     ),
-    Interception(torch, "_weight_norm", _instead(_weight_norm)),
-    Interception(importlib.import_module("torch.nn.utils.weight_norm"), "_weight_norm", _instead(_weight_norm)),
-]
+    (torch, "_weight_norm", _instead(_weight_norm)),
+    (importlib.import_module("torch.nn.utils.weight_norm"), "_weight_norm", _instead(_weight_norm)),
+)
 
 
-@contextmanager
-def second_order() -> Iterator[None]:
+def second_order() -> AbstractContextManager[None]:
     """Run the calls of this thread in a form that can be differentiated twice, inside the block.
 
     Example:
@@ -91,13 +91,9 @@ def second_order() -> Iterator[None]:
         >>> torch.autograd.grad(first.sum(), q)[0].shape
         torch.Size([1, 2, 3, 4])
     """
-    handler = object()
-    with ExitStack() as stack:
-        for interception in _interceptions:
-            stack.enter_context(interception.by(handler))
-        yield
+    return _interception.by(object())
 
 
 def second_order_here() -> AbstractContextManager[None]:
     """The same for a block that ends before one that it may stand in: there it does nothing."""
-    return nullcontext() if _interceptions[0].handlers() else second_order()
+    return nullcontext() if _interception.handlers() else second_order()

@@ -16,6 +16,7 @@ from lowmem_higher.patch import replayed_weights
 from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
+from lowmem_higher.second_order import second_order_here
 from lowmem_higher.structure import Structure, storages_of, unflatten
 from lowmem_higher.watch import Watcher
 
@@ -191,8 +192,9 @@ class StepRecord:
     ) -> StepRun:
         """Run the step again (rule R1); the one place where that is done."""
         inputs = StepInputs(externals, self.externals, self.numbers, self.rng, self.states, self.targets)
-        loss, new_buffers = self.program.run(weights, buffers, inputs)
-        with self.update.ambient.restored(Ambient.capture()):
+        with second_order_here():
+            loss, new_buffers = self.program.run(weights, buffers, inputs)
+        with self.update.ambient.restored(Ambient.capture()), second_order_here():
             if self.loss is not None:
                 check_loss_value(self, loss)
             grads: Gradients = self.rules.gradients(loss, weights, create_graph=create_graph, retain_graph=create_graph)
