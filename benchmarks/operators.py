@@ -1,6 +1,6 @@
 """Which of torch's differentiable operators give the full unroll's gradient when their step is replayed?
 
-    python benchmarks/operators.py            # every sample input, in every form; prints a summary, writes JSON
+    python benchmarks/operators.py            # 4 samples of each in every form; prints a summary, writes JSON
     python benchmarks/operators.py --quick    # one sample of each, as a function, native replay; writes nothing
 
 The operators and their sample inputs are those of torch's own tests (`torch.testing._internal`, which needs the
@@ -211,14 +211,18 @@ def operators() -> list[Any]:
     return [op for op in op_db if op.supports_autograd and op.supported_backward_dtypes("cpu") & set(DTYPES)]
 
 
-def cases(operator: Any, forms: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Case]]:
-    """The samples of an operator that have a differentiable input, in each form that it has."""
+def cases(
+    operator: Any, forms: tuple[str, ...], dtypes: tuple[torch.dtype, ...], limit: int
+) -> Iterator[tuple[str, Case]]:
+    """Samples of an operator that have a differentiable input, in each form that it has; `limit` spread over all."""
     calls = {"method": operator.get_method(), "in place": operator.get_inplace()}
     for dtype in dtypes:
         if dtype not in operator.supported_backward_dtypes("cpu"):
             continue
         _seed()
         samples = list(operator.sample_inputs("cpu", dtype, requires_grad=True))
+        if 0 < limit < len(samples):
+            samples = [samples[(2 * k + 1) * len(samples) // (2 * limit)] for k in range(limit)]
         for form in forms:
             call = calls.get(form, operator.get_op())
             for sample in samples if call is not None else ():
@@ -243,12 +247,12 @@ class Tally:
         return next((outcome for outcome in order if outcome in seen), BEYOND_TORCH)
 
 
-def sweep(operator: Any, quick: bool) -> Tally:
+def sweep(operator: Any, limit: int, quick: bool) -> Tally:
     """Try an operator. `quick` calls it as a function, up to the first sample with a second derivative."""
     tally = Tally(operator.full_name, {}, {})
     forms = FORMS[:1] if quick else FORMS
     dtypes = tuple(dtype for dtype in DTYPES if dtype in operator.supported_backward_dtypes("cpu"))
-    for form, case in cases(operator, forms, dtypes[:1] if quick else dtypes):
+    for form, case in cases(operator, forms, dtypes[:1] if quick else dtypes, 0 if quick else limit):
         outcome, reason = case.outcome(SETTINGS[:1] if quick else SETTINGS)
         tally.forms.setdefault(form, Counter())[outcome] += 1
         if reason:
@@ -298,7 +302,7 @@ def section(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"`{result['command']}`: {exact} of the {result['differentiable_twice']} operators that a full unroll can "
-            f"differentiate twice give its gradient to {TOLERANCE:g} at every sample "
+            f"differentiate twice give its gradient to {TOLERANCE:g} at every sample tried "
             f"({result['with_second_derivative']} of them with a second derivative that is not zero). "
             f"{result['operators']} operators in all, {sum(result['samples'].values()):,} samples, "
             f"{result['seconds']:.0f} s.",
@@ -314,6 +318,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="torch's operators, replayed", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--samples", type=int, default=4, help="of each operator, form and dtype; 0 for all (hours)")
     parser.add_argument("--quick", action="store_true", help="one sample of each operator; writes only with --out")
     parser.add_argument("--only", nargs="+", help="names of operators, as in torch's database")
     parser.add_argument("--out", type=Path, help="folder for the JSON; benchmarks/results when not --quick")
@@ -341,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # torch's samples warn of prototypes and deprecations
         chosen = [op for op in operators() if not arguments.only or {op.name, op.full_name} & set(arguments.only)]
         for number, operator in enumerate(chosen, 1):
-            tallies.append(sweep(operator, arguments.quick))
+            tallies.append(sweep(operator, arguments.samples, arguments.quick))
             if sys.stderr.isatty():
                 print(f"\r{number} of {len(chosen)}: {operator.full_name:60}", end="", file=sys.stderr)
     result |= summary(tallies)

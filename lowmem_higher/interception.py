@@ -15,19 +15,18 @@ _MISSING = object()
 
 
 class Interception(Generic[Handler]):
-    """An attribute that is replaced while there are handlers.
+    """Attributes that are replaced while there are handlers.
 
     Args:
-        owner: The module or class.
-        name: The attribute.
-        replacement: Given what was there (None if nothing), makes what takes its place; that calls `handlers()`.
+        places: For each: the module or class, the attribute's name, and a function that, given what was there (None if
+            nothing), makes what takes its place; that calls `handlers()`.
     """
 
-    def __init__(self, owner: Any, name: str, replacement: Callable[[Any], Any]) -> None:
-        self._owner, self._name, self._replacement = owner, name, replacement
+    def __init__(self, *places: tuple[Any, str, Callable[[Any], Any]]) -> None:
+        self._places = places
         self._lock = threading.Lock()
         self._count = 0
-        self._before: Any = _MISSING
+        self._before: list[Any] = []
         self._local = threading.local()
 
     def handlers(self) -> list[Handler]:
@@ -39,21 +38,22 @@ class Interception(Generic[Handler]):
         """Add a handler for this thread."""
         with self._lock:
             if self._count == 0:
-                self._before = vars(self._owner).get(self._name, _MISSING)
-                found = None if self._before is _MISSING else self._before
-                setattr(self._owner, self._name, self._replacement(found))
+                self._before = [vars(owner).get(name, _MISSING) for owner, name, _ in self._places]
+                for (owner, name, replacement), before in zip(self._places, self._before, strict=True):
+                    setattr(owner, name, replacement(None if before is _MISSING else before))
             self._count += 1
         self.handlers().append(handler)
 
     def remove(self, handler: Handler) -> None:
-        """Take a handler of this thread away; the last one of all threads puts the attribute back."""
+        """Take a handler of this thread away; the last one of all threads puts the attributes back."""
         self.handlers().remove(handler)
         with self._lock:
             self._count -= 1
-            if self._count == 0 and self._before is _MISSING:
-                delattr(self._owner, self._name)
-            elif self._count == 0:
-                setattr(self._owner, self._name, self._before)
+            for (owner, name, _), before in zip(self._places, self._before, strict=True) if self._count == 0 else ():
+                if before is _MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
 
     @contextmanager
     def by(self, handler: Handler) -> Iterator[None]:

@@ -25,7 +25,6 @@ from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.live_module import ModuleCall, describe
 from lowmem_higher.record import BufferState, FunctionApply, Node, Overwritten, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
-from lowmem_higher.second_order import second_order_here
 from lowmem_higher.structure import Leaf, Structure, tensors_in, unflatten
 
 Buffers = tuple[Tensor | None, ...]
@@ -77,7 +76,7 @@ class StepProgram:
             leaves = [values[ref.kind](ref) for ref in instruction.refs]
             args, kwargs = unflatten(instruction.structure, iter(leaves))
             after: Buffers = ()
-            with instruction.ambient.restored(now), rng_restored(rng), second_order_here():
+            with instruction.ambient.restored(now), rng_restored(rng):
                 if isinstance(instruction.call, ModuleCall):
                     assert state is not None
                     own = instruction.weights, instruction.buffers

@@ -32,7 +32,7 @@ def _replacement(original: Any) -> Any:
 
 
 _interception: Interception[Bind] = Interception(
-    torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _replacement
+    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _replacement)
 )
 
 

@@ -2,11 +2,12 @@
 
 NOTE [ Second derivatives ]
 
-An inner loop is differentiated twice. While gradients are recorded in it, two kinds of calls take another form:
+An inner loop is differentiated twice. While gradients are recorded in it, three kinds of calls take another form:
 
 * Attention. The fused kernels have no second derivative, so every model that attends would fail. The math back end
   is used instead; the user's choice is back after the call, and stands where nothing is recorded (an evaluation under
   `no_grad`). The loop uses the form that its replays use: fused kernels round differently and draw other dropout masks.
+* LSTM, GRU and RNN layers. cuDNN's have no second derivative on a GPU; torch's own kernels do.
 * `torch._weight_norm`, under both of torch's `weight_norm`. Its kernel's second derivative is wrong without a word
   (torch 2.13 on a CPU: `gradgradcheck` fails). The formula of Salimans and Kingma (arXiv 1602.07868) is right.
 
@@ -19,8 +20,8 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowmem_higher.interception import Interception
 
-_switching = threading.RLock()  # which kernel attends is one choice for all threads
+_switching = threading.RLock()  # the switches of back ends are those of all threads
 
 
 def _math_attention(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,15 +39,28 @@ def _math_attention(original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
 
+def _without_cudnn(original: Any, *args: Any, **kwargs: Any) -> Any:
+    with _switching:
+        before = torch.backends.cudnn.enabled
+        torch._C._set_cudnn_enabled(False)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch._C._set_cudnn_enabled(before)
+
+
 def _weight_norm(original: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _instead(form: Callable[..., Any]) -> Callable[[Any], Any]:
-    def replacement(original: Any) -> Any:
+def _instead(form: Callable[..., Any], usual: Any = None) -> Callable[[Any], Any]:
+    @functools.cache
+    def replacement(found: Any) -> Any:
+        original = found or usual
+
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if _interceptions[0].handlers() and torch.is_grad_enabled():
+            if _interception.handlers() and torch.is_grad_enabled():
                 return form(original, *args, **kwargs)
             return original(*args, **kwargs)
 
@@ -55,15 +69,18 @@ def _instead(form: Callable[..., Any]) -> Callable[[Any], Any]:
     return replacement
 
 
-_interceptions: list[Interception[object]] = [
-    Interception(F, "scaled_dot_product_attention", _instead(_math_attention)),
-    Interception(torch, "_weight_norm", _instead(_weight_norm)),
-    Interception(importlib.import_module("torch.nn.utils.weight_norm"), "_weight_norm", _instead(_weight_norm)),
-]
+_interception: Interception[object] = Interception(
+    (F, "scaled_dot_product_attention", _instead(_math_attention)),
+    *(
+        (torch._VF, name, _instead(_without_cudnn, getattr(torch._VF, name)))
+        for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    ),
+    (torch, "_weight_norm", _instead(_weight_norm)),
+    (importlib.import_module("torch.nn.utils.weight_norm"), "_weight_norm", _instead(_weight_norm)),
+)
 
 
-@contextmanager
-def second_order() -> Iterator[None]:
+def second_order() -> AbstractContextManager[None]:
     """Run the calls of this thread in a form that can be differentiated twice, inside the block.
 
     Example:
@@ -74,13 +91,9 @@ def second_order() -> Iterator[None]:
         >>> torch.autograd.grad(first.sum(), q)[0].shape
         torch.Size([1, 2, 3, 4])
     """
-    handler = object()
-    with ExitStack() as stack:
-        for interception in _interceptions:
-            stack.enter_context(interception.by(handler))
-        yield
+    return _interception.by(object())
 
 
 def second_order_here() -> AbstractContextManager[None]:
     """The same for a block that ends before one that it may stand in: there it does nothing."""
-    return nullcontext() if _interceptions[0].handlers() else second_order()
+    return nullcontext() if _interception.handlers() else second_order()

@@ -16,6 +16,7 @@ from lowmem_higher.patch import replayed_weights
 from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
+from lowmem_higher.second_order import second_order_here
 from lowmem_higher.structure import Structure, storages_of, unflatten
 from lowmem_higher.watch import Watcher
 
@@ -191,8 +192,9 @@ class StepRecord:
     ) -> StepRun:
         """Run the step again (rule R1); the one place where that is done."""
         inputs = StepInputs(externals, self.externals, self.numbers, self.rng, self.states, self.targets)
-        loss, new_buffers = self.program.run(weights, buffers, inputs)
-        with self.update.ambient.restored(Ambient.capture()):
+        with second_order_here():
+            loss, new_buffers = self.program.run(weights, buffers, inputs)
+        with self.update.ambient.restored(Ambient.capture()), second_order_here():
             if self.loss is not None:
                 check_loss_value(self, loss)
             grads: Gradients = self.rules.gradients(loss, weights, create_graph=create_graph, retain_graph=create_graph)
@@ -204,7 +206,7 @@ class StepRecord:
                 new_weights, new_state = self._advance(weights, grads, state, externals)
         expected = self.segment.marks.get(self.time + 1)
         if expected is not None:
-            check_mark(self, expected, carry_mark([*new_weights, *state_tensors(new_state)]), new_weights[0].dtype)
+            check_mark(self, expected, carry_mark([*new_weights, *state_tensors(new_state)]), new_weights)
         return StepRun(new_weights, new_state, new_buffers)
 
     def _call_back(
@@ -276,10 +278,10 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def check_mark(record: StepRecord, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
+def check_mark(record: StepRecord, expected: Tensor, found: Tensor, weights: Sequence[Tensor]) -> None:
     """Rule R10, for a whole segment: its replay must end where the user's loop went on."""
     scale = torch.maximum(expected, found).abs()[1::2].repeat_interleave(2)
-    tolerance = _DRIFT.get(dtype.to_real(), _COARSE_TOLERANCE)
+    tolerance = max(_DRIFT.get(weight.dtype.to_real(), _COARSE_TOLERANCE) for weight in weights)
     if len(found) == len(expected) and bool(((found - expected).abs() <= tolerance * (scale + 1e-30) * 10).all()):
         return
     raise ReplayMismatchError(

@@ -176,4 +176,4 @@ def _replacement(before: Any) -> Any:
 
 # `TorchFunctionMode` does not see `autograd.Function.apply`. All ways to call it, also through an alias made earlier,
 # end in this base class.
-intercepted_apply: Interception[ApplyHandler] = Interception(_SingleLevelFunction, "apply", _replacement)
+intercepted_apply: Interception[ApplyHandler] = Interception((_SingleLevelFunction, "apply", _replacement))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
 
 import lowmem_higher as higher
 from lowmem_higher.testing import assert_matches_unrolled, taylor_test
@@ -470,6 +471,37 @@ def test_an_evaluation_attends_as_the_user_chose() -> None:
     assert_exact(Asks)
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
     assert "aten::_scaled_dot_product_attention_math" not in names
+
+
+class SeesCudnn(TorchFunctionMode):
+    """Notes whether a recurrent layer may take cuDNN's kernels, which have no second derivative on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("lstm", "gru", "rnn_tanh"):
+            self.seen.append(torch.backends.cudnn.enabled)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("every", [None, 1, 3])
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_recurrent_layers_do_without_cudnn(kind: str, every: int | None) -> None:
+    mode = SeesCudnn()
+
+    def call(fnet: Any, x: Tensor) -> Any:
+        with mode:
+            return fnet(x)
+
+    loop(KINDS[kind], call, checkpoint_every=every)
+    assert mode.seen == [False] * (STEPS + 1)
+    net = built(KINDS[kind])
+    with mode:
+        net(X)
+    assert mode.seen[-1]
+    assert "lstm" not in vars(torch._VF)
 
 
 def attention_in_the_loop(fnet: Any, x: Tensor) -> Tensor:
