@@ -3,7 +3,8 @@
 `import lowmem_higher as higher`, add `checkpoint_every=10` to `innerloop_ctx`, and change nothing else.
 """
 
-from lowmem_higher import errors, optim, patch, testing
+from lowmem_higher import errors, optim, patch, testing, utils
+from lowmem_higher.clip import clip_grad_norm, clip_grad_value
 from lowmem_higher.errors import (
     ExternalModifiedError,
     HigherOrderError,
@@ -14,7 +15,9 @@ from lowmem_higher.errors import (
 )
 from lowmem_higher.innerloop import innerloop_ctx
 from lowmem_higher.optim import create_diff_optim, get_diff_optim, register_optim
+from lowmem_higher.patch import monkeypatch
 from lowmem_higher.report import Report
+from lowmem_higher.stand_in import install_as_higher
 
 __version__ = "0.1.0"
 
@@ -26,12 +29,17 @@ __all__ = [
     "RecordError",
     "ReplayMismatchError",
     "Report",
+    "clip_grad_norm",
+    "clip_grad_value",
     "create_diff_optim",
     "errors",
     "get_diff_optim",
     "innerloop_ctx",
+    "install_as_higher",
+    "monkeypatch",
     "optim",
     "patch",
     "register_optim",
     "testing",
+    "utils",
 ]

@@ -14,12 +14,12 @@ from torch import nn
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
-from lowmem_higher.patch import FunctionalModule, FunctionalView, call_submodules_through, make_functional_copy
+from lowmem_higher.patch import FunctionalModule, call_submodules_through, monkeypatch
 from lowmem_higher.recompute import follow_view
 from lowmem_higher.record import recorder
 from lowmem_higher.report import Report
 from lowmem_higher.schedule import Bounded, Periodic, Revolve, Schedule
-from lowmem_higher.second_order import second_order, second_order_here
+from lowmem_higher.second_order import second_order
 from lowmem_higher.trajectory import Trajectory
 
 _CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
@@ -35,6 +35,8 @@ class Settings:
     replay: str = "native"
     pullback: str = "reverse"
     verify: str = "new"
+    truncate: int | None = None
+    first_order: bool = False
 
     def __post_init__(self) -> None:
         _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
@@ -49,6 +51,11 @@ class Settings:
             raise ValueError(
                 f"steps={self.steps} tells for how many steps the carries are to be placed, and needs their number: "
                 f"innerloop_ctx(..., checkpoints=10, steps={self.steps})."
+            )
+        _check_count("truncate", self.truncate, "gradients pass through so many of the last steps")
+        if not isinstance(self.first_order, bool):
+            raise TypeError(
+                f"first_order={self.first_order!r} is a {type(self.first_order).__name__}; it must be True or False."
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -80,9 +87,9 @@ class Unrolled:
 
     program = None
 
-    def __init__(self, tracked: bool) -> None:
+    def __init__(self, twice: bool) -> None:
         self._ledger = Ledger()
-        self._count = self._ledger.count_second_order if tracked else self._ledger.count_first_order
+        self._count = self._ledger.count_second_order if twice else self._ledger.count_first_order
         self._entered = time.perf_counter()
 
     def count_step(self) -> None:
@@ -112,6 +119,8 @@ def innerloop_ctx(
     replay: str = "native",
     pullback: str = "reverse",
     verify: str = "new",
+    truncate: int | None = None,
+    first_order: bool = False,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
 
@@ -137,6 +146,11 @@ def innerloop_ctx(
         verify: What replays are compared with. "new": the loss of every step, the gradients at the 1st, 2nd, 4th,
             8th ... use of each step program, the weights and optimizer state at the end of each segment. "all": the
             gradients of every step as well. "off": nothing.
+        truncate: `None` differentiates through all steps. K differentiates through the last K steps taken when the
+            outer backward runs: what earlier ones have made is a constant, as if the weights and the optimizer state
+            had been detached K steps before the end.
+        first_order: True treats each inner gradient as a constant (first-order MAML), so nothing is differentiated
+            twice: initial weights and hyperparameters get gradients, what only feeds an inner loss gets none.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
@@ -149,11 +163,15 @@ def innerloop_ctx(
         one step's second-order graph: `(ceil(T/c) + c) |carry| + G`, and the tensors that your loop hands in from
         outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`. With
         s = `checkpoints`: `(s + 3) |carry| + G` for any T.
+        With `truncate=K` the first term is `(ceil(K/c) + 1 + c) |carry|`, for any T; the full unroll still holds the
+        graphs of all steps. With `first_order=True` G is the graph of a plain backward, or of the update if larger.
 
     Passes:
         At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
         With `checkpoints=s` and `steps=T` the fewest first-order runs that s slots allow, for example 3.6 T at T=1000,
         s=10 and 2.5 T at s=30 (`lowmem_higher.schedule.optimal_runs`); without `steps` at most 1.14 times as many.
+        With `truncate=K` T first-order runs of your loop, K + c at most of the backward, and K second-order runs. With
+        `first_order=True` at most 3 T first-order runs and no other. (`replay="native"`.)
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -170,10 +188,12 @@ def innerloop_ctx(
     References:
         Grefenstette et al., Generalized inner loop meta-learning, arXiv 1910.01727 (`higher`).
         Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26(1), 2000 (checkpointing of adjoint computations).
+        Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019 (`truncate`).
+        Finn et al., Model-agnostic meta-learning, ICML 2017, section 5.2 (`first_order`).
     """
-    settings = Settings(checkpoint_every, checkpoints, steps, replay, pullback, verify)
+    settings = Settings(checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order)
     where = None if device is None else torch.device(device)
-    fmodel = make_functional_copy(model, where, copy_initial_weights, track_higher_grads)
+    fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
     diffopt = get_diff_optim(
         opt,
         model.parameters(),
@@ -183,35 +203,51 @@ def innerloop_ctx(
         track_higher_grads=track_higher_grads,
     )
     view = fmodel._view
-    view.around_call = _around_call
-    with follow_view(view), second_order() if track_higher_grads else nullcontext():
-        if settings.schedule is None or not track_higher_grads:
-            diffopt.follow(None, Unrolled(track_higher_grads))
-            yield fmodel, diffopt
+    wiring = _Wiring(model, fmodel, settings, track_higher_grads)
+    with follow_view(view), second_order() if track_higher_grads else nullcontext(), wiring.open():
+        wiring.join(diffopt)
+        view.joined = wiring.join
+        yield fmodel, diffopt
+
+
+class _Wiring:
+    """Gives the optimizers of one context what carries out their steps: one as a rule, or several on one fmodel."""
+
+    def __init__(self, model: nn.Module, fmodel: FunctionalModule, settings: Settings, tracked: bool) -> None:
+        self._settings, self._tracked = settings, tracked
+        self._trajectories: list[Trajectory] = []
+        self._open = False
+        self._live: LiveModule | None = None
+        if settings.schedule is not None and tracked:
+            self._live = LiveModule(model, fmodel, recorder())
+            call_submodules_through(fmodel, self._live)
+        self._last = fmodel._view.last
+        self._last.count = settings.truncate
+
+    def join(self, optimizer: DifferentiableOptimizer) -> None:
+        """Carry out the steps of an optimizer."""
+        settings = self._settings
+        optimizer.first_order = settings.first_order
+        schedule = settings.schedule
+        if self._live is None or schedule is None:
+            optimizer.follow(None, Unrolled(self._tracked and not settings.first_order))
             return
-        trajectory = _checkpointed(model, fmodel, diffopt, settings, settings.schedule)
-        trajectory.open()
+        trajectory = Trajectory(
+            optimizer, self._live, recorder(), schedule, settings.replay, settings.verify, self._last
+        )
+        optimizer.follow(trajectory, trajectory)
+        if self._open:
+            trajectory.open()
+            self._trajectories.append(trajectory)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Record the steps inside the block."""
+        self._open = True
         try:
-            yield fmodel, diffopt
+            yield
         finally:
-            trajectory.close()
-
-
-@contextmanager
-def _around_call(view: FunctionalView) -> Iterator[None]:
-    with follow_view(view), second_order_here() if view.track else nullcontext():
-        yield
-
-
-def _checkpointed(
-    model: nn.Module,
-    fmodel: FunctionalModule,
-    diffopt: DifferentiableOptimizer,
-    settings: Settings,
-    schedule: Schedule,
-) -> Trajectory:
-    live = LiveModule(model, fmodel, recorder())
-    trajectory = Trajectory(diffopt, live, recorder(), schedule, settings.replay, settings.verify)
-    call_submodules_through(fmodel, live)
-    diffopt.follow(trajectory, trajectory)
-    return trajectory
+            self._open = False
+            for trajectory in self._trajectories:
+                trajectory.close()
+            self._trajectories.clear()

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_higher.errors import RecordError, ReplayMismatchError
+from lowmem_higher.fast_weights import ParameterSlots, copied, rerunning
 from lowmem_higher.patch import (
     FunctionalModule,
-    ParameterSlots,
-    copied,
     copy_structure,
     functional_class,
     refuse_originals,
     renew_buffers,
-    rerunning,
 )
 from lowmem_higher.recompute import FixedWeights, follow, follow_view
 from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of

@@ -2,260 +2,39 @@
 
 The view is a copy of the module's *structure*: the submodules are new objects, and where they held parameters they
 now hold the current fast weights, plain tensors with a graph. Every way to reach a weight (`fmodel(x)`,
-`fmodel.encoder(x)`, `fmodel.encoder.weight`) therefore reads the current one. The view keeps the history of the
-weights by *time*, the number of updates so far; a `Past` entry stands for weights that are recomputed on request.
-
-`FunctionalView` is the book-keeping behind an fmodel; `make_functional_copy` builds both.
+`fmodel.encoder(x)`, `fmodel.encoder.weight`) therefore reads the current one. A `FunctionalView` (`fast_weights.py`)
+keeps the books; `monkeypatch` and `make_functional` build both.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
-import threading
 import types
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, TypeVar, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lowmem_higher.errors import RecordError
+from lowmem_higher.fast_weights import (
+    FunctionalView,
+    ModuleCaller,
+    ParameterSlots,
+    alive,
+    copied,
+    own_tables,
+    replayed,
+    rerunning,
+)
+from lowmem_higher.recompute import follow_view
+from lowmem_higher.second_order import second_order_here
+from lowmem_higher.utils import get_func_params
 from lowmem_higher.watch import Watcher
-
-_OWN_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
-Slots = list[tuple[weakref.ref[nn.Module], str]]
-
-
-class Past(Protocol):
-    """Weights of an earlier time that are not held: they are recomputed when asked for."""
-
-    @property
-    def updated(self) -> tuple[int, ...]:
-        """The weights that changed at that time; the others are those of the time before."""
-
-    def weights(self) -> dict[int, Tensor]:
-        """Those weights by index, connected to the graph."""
-
-
-class ModuleCaller(Protocol):
-    """Who runs a call of the fmodel or of one of its submodules under `checkpoint_every` (the recorder)."""
-
-    @property
-    def inside(self) -> bool:
-        """Whether a recorded call is running now."""
-
-    def call_module(
-        self,
-        fmodel: FunctionalModule,
-        path: str,
-        run: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run the submodule at `path` of `fmodel` and record the call as one node."""
-
-
-class FunctionalView:
-    """The weights of one fmodel: where they sit in the module, the current ones, and those of earlier times."""
-
-    def __init__(self, root: nn.Module, weights: Sequence[Tensor], track: bool) -> None:
-        self.slots = ParameterSlots(root)
-        self.token = object()
-        self.originals: list[Tensor] | None = None  # the model's own parameters, until the first call was watched
-        self.reads = 0  # how often the current weights were asked for
-        self.track = track
-        self.caller: ModuleCaller | None = None
-        self.around_call: Callable[[FunctionalView], AbstractContextManager[None]] = _nothing_around
-        self.history: list[list[Tensor] | Past] = []
-        self.current: list[Tensor] = []
-        self.append(weights)
-
-    def append(self, weights: Sequence[Tensor], entry: Past | None = None) -> None:
-        """Make `weights` the current ones, one time later; `entry` stands for them in the history if given."""
-        if len(weights) != len(self.slots):
-            raise ValueError(f"The model has {len(self.slots)} parameters, and {len(weights)} new ones were given.")
-        for name, new, old in zip(self.slots.names, weights, self.current, strict=False):
-            if new.shape != old.shape:
-                raise ValueError(f"{name} has shape {tuple(old.shape)}, and its new value {tuple(new.shape)}.")
-        self.current = list(weights)
-        self.slots.install(self.current)
-        if not self.track:
-            self.history.clear()
-        self.history.append(self.current if entry is None else entry)
-
-    def refuse_inside(self, what: str, instead: str) -> None:
-        """Raise if code is running that a replay runs again."""
-        if self.caller is not None and self.caller.inside:
-            raise RecordError(
-                f"{what} inside forward, grad_callback or a function given to step, which a replay runs again. "
-                f"{instead} in the loop, and pass what is needed as an argument."
-            )
-
-    def take_assigned(self) -> None:
-        """A weight that was assigned by name (`fmodel.layer.weight = ...`) becomes current, one time later."""
-        found = [cast(Tensor, _alive(slots[0][0])._parameters[slots[0][1]]) for slots in self.slots.params]
-        if not all(map(operator.is_, found, self.current)):
-            self.append(found)
-
-    def at(self, time: int | None) -> list[Tensor]:
-        """The weights of a time, counted from the start or, if negative, from the end."""
-        if time is None:
-            self.reads += 1
-            return _replayed.weights.get(self.token, self.current)
-        self.refuse_inside(f"The weights of time={time} were asked for", "Ask for them")
-        if not self.track:
-            if time not in (-1, 0):
-                raise ValueError(
-                    f"time={time} was asked for, but track_higher_grads=False keeps only the current weights."
-                )
-            return self.current
-        times = len(self.history)
-        if not -times <= time < times:
-            raise IndexError(
-                f"time={time} is out of range: this fmodel has the times 0 to {times - 1} (or -{times} to -1)."
-            )
-        if time % times == times - 1:
-            return self.current
-        found: dict[int, Tensor] = {}
-        for entry in reversed(self.history[: time % times + 1]):
-            if isinstance(entry, list):
-                return [found.get(index, weight) for index, weight in enumerate(entry)]
-            if not found.keys() >= set(entry.updated):
-                found = entry.weights() | found
-            if len(found) == len(self.slots):
-                break
-        return [found[index] for index in range(len(self.slots))]
-
-
-def _nothing_around(view: FunctionalView) -> AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-class ParameterSlots:
-    """Where the distinct parameters and the buffers of a module sit, so that other tensors can take their place.
-
-    Modules are held weakly. An fmodel leads to its view and its weights, and weights lead through the graph to all
-    that a step keeps: a way back to the fmodel would be a cycle, and free nothing until the garbage collector ran.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        named = dict(root.named_parameters())
-        place = {id(param): index for index, param in enumerate(named.values())}
-        self.names = list(named)
-        self.params: list[Slots] = [[] for _ in named]
-        self.buffers: list[Slots] = []
-        buffer_place: dict[int, int] = {}
-        self.containers: list[tuple[weakref.ref[nn.Module], str, dict[Any, int]]] = []  # lists of parameters, and such
-        self.recurrent: list[weakref.ref[nn.RNNBase]] = []
-        for module in root.modules():
-            here = weakref.ref(module)
-            for name, param in module._parameters.items():
-                if param is not None:
-                    self.params[place[id(param)]].append((here, name))
-            for name, buffer in module._buffers.items():
-                index = len(self.buffers) if buffer is None else buffer_place.setdefault(id(buffer), len(self.buffers))
-                if index == len(self.buffers):
-                    self.buffers.append([])
-                self.buffers[index].append((here, name))
-            if isinstance(module, nn.RNNBase):
-                self.recurrent.append(weakref.ref(module))
-                continue
-            for name, value in vars(module).items():
-                if type(value) in (list, tuple, dict) and name not in _OWN_TABLES:
-                    items = value.items() if type(value) is dict else enumerate(value)
-                    held = {key: place[id(item)] for key, item in items if id(item) in place}
-                    if held:
-                        self.containers.append((here, name, held))
-
-    def __len__(self) -> int:
-        return len(self.params)
-
-    def install(self, weights: Sequence[Tensor | None]) -> None:
-        """Put one tensor in the place of each parameter (shared ones in all their places)."""
-        for slots, weight in zip(self.params, weights, strict=True):
-            for module, name in slots:
-                _alive(module)._parameters[name] = cast(nn.Parameter, weight)
-        for here, name, held in self.containers:
-            value = vars(_alive(here))[name]
-            filled = dict(value) if type(value) is dict else list(value)
-            for key, index in held.items():
-                filled[key] = weights[index]
-            vars(_alive(here))[name] = tuple(filled) if type(value) is tuple else filled
-        for recurrent in map(_alive, self.recurrent):  # RNNs read their weights through a list of their own
-            recurrent._flat_weights = [getattr(recurrent, name, None) for name in recurrent._flat_weights_names]
-
-    def read_buffers(self) -> list[Tensor | None]:
-        """The buffers that sit in the module now; None where one is registered but not set."""
-        return [_alive(slots[0][0])._buffers[slots[0][1]] for slots in self.buffers]
-
-    def install_buffers(self, buffers: Sequence[Tensor | None]) -> None:
-        """Put one tensor in the place of each buffer (shared ones in all their places)."""
-        for slots, buffer in zip(self.buffers, buffers, strict=True):
-            for module, name in slots:
-                _alive(module)._buffers[name] = buffer
-
-    @contextmanager
-    def installed(self, weights: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> Iterator[None]:
-        """Put these tensors in place inside the block, and what was there back after it."""
-        weights_before = [_alive(slots[0][0])._parameters[slots[0][1]] for slots in self.params]
-        buffers_before = self.read_buffers()
-        try:
-            self.install(weights)
-            self.install_buffers(buffers)
-            yield
-        finally:
-            self.install(weights_before)
-            self.install_buffers(buffers_before)
-
-
-def _alive(module: weakref.ref[AnyModule]) -> AnyModule:
-    found = module()
-    if found is None:
-        raise ReferenceError("The functional model of this context was deleted; keep a reference to fmodel.")
-    return found
-
-
-class _Replayed(threading.local):
-    """The weights of the step being replayed in this thread, by the token of their view."""
-
-    def __init__(self) -> None:
-        self.weights: dict[object, list[Tensor]] = {}
-        self.reruns = 0
-
-
-_replayed = _Replayed()
-
-
-def rerunning() -> bool:
-    """Whether a `torch.utils.checkpoint` recomputes in this thread: the weights in place are those of another time."""
-    return _replayed.reruns > 0
-
-
-@contextmanager
-def marked_as_rerun() -> Iterator[None]:
-    """Such a recomputation goes on inside the block."""
-    _replayed.reruns += 1
-    try:
-        yield
-    finally:
-        _replayed.reruns -= 1
-
-
-@contextmanager
-def replayed_weights(token: object, weights: list[Tensor]) -> Iterator[None]:
-    """Let `fmodel.parameters()` give these weights inside the block: a replayed callback reads those of its step."""
-    before = dict(_replayed.weights)
-    _replayed.weights[token] = weights
-    try:
-        yield
-    finally:
-        _replayed.weights = before
 
 
 class FunctionalModule(nn.Module):
@@ -291,13 +70,14 @@ class FunctionalModule(nn.Module):
             return super().__call__(*args, **kwargs)
         if view.caller is not None:
             return view.caller.call_module(self, "", super().__call__, args, kwargs)
+        view.need_weights()
         view.take_assigned()
         renew_buffers(self, view.slots)
         if view.originals is None:
-            with view.around_call(view):
+            with _around_call(view):
                 return super().__call__(*args, **kwargs)
         watcher = Watcher(view.current)
-        with view.around_call(view), watcher.on():
+        with _around_call(view), watcher.on():
             out = super().__call__(*args, **kwargs)
         refuse_originals(watcher.found, {id(param) for param in view.originals}, "The model's forward")
         view.originals = None
@@ -323,10 +103,10 @@ class FunctionalModule(nn.Module):
         # As for `parameters`: tensors with a graph.
         """The current fast weights with their names in the model."""
         view = self.__dict__.get("_view")
-        replayed = None if view is None else _replayed.weights.get(view.token)
-        if view is None or replayed is None:
+        weights = None if view is None else replayed.weights.get(view.token)
+        if view is None or weights is None:
             return super().named_parameters(*args, **kwargs)
-        return iter(zip(view.slots.names, replayed, strict=True))
+        return iter(zip(view.slots.names, weights, strict=True))
 
     def gradient_edges(self, time: int) -> list[GradientEdge]:
         """Where the graph passes through the fast weights of a time, for `torch.autograd.grad(outer, edges)`.
@@ -404,6 +184,12 @@ class FunctionalModule(nn.Module):
         return f"fmodel at time {times - 1} of\n{super().__repr__()}"
 
 
+@contextmanager
+def _around_call(view: FunctionalView) -> Iterator[None]:
+    with follow_view(view), second_order_here() if view.track else nullcontext():
+        yield
+
+
 def refuse_originals(found: list[Tensor], originals: Container[int], what: str) -> None:
     """Raise if code read a parameter of the original model, where the fast weight should have been."""
     if any(id(tensor) in originals for tensor in found):
@@ -423,42 +209,116 @@ def renew_buffers(root: nn.Module, slots: ParameterSlots) -> None:
         slots.install_buffers(copied(slots.read_buffers()))
 
 
-def make_functional_copy(
-    module: nn.Module, device: torch.device | None, copy_initial_weights: bool, track: bool
+def monkeypatch(
+    module: nn.Module,
+    device: torch.device | str | None = None,
+    copy_initial_weights: bool = True,
+    track_higher_grads: bool = True,
 ) -> FunctionalModule:
-    """A functional view of `module`, whose weights are copies of its parameters.
+    """A functional view of `module`, whose fast weights start as copies of its parameters.
+
+    `innerloop_ctx` makes one for its optimizer. Alone it keeps every graph, as the full unroll does.
 
     Args:
         module: Any module; it is not changed.
         device: Where weights and buffers go; `None` leaves them where they are.
         copy_initial_weights: True for detached leaf copies; False for clones, through which gradients reach
             `module.parameters()`.
-        track: Whether the history of the weights is kept.
+        track_higher_grads: Whether the history of the weights is kept.
 
     Raises:
         TypeError: `module` is no plain Python module (a compiled TorchScript module cannot be copied this way).
+
+    Memory:
+        A copy of the weights and buffers, and of each update as long as the history is kept.
+
+    Example:
+        >>> import torch, lowmem_higher as higher
+        >>> fnet = higher.monkeypatch(torch.nn.Linear(2, 1))
+        >>> out = fnet(torch.ones(3, 2), params=[2 * p for p in fnet.parameters()])
+        >>> len(list(fnet.parameters(time=0))), out.shape
+        (2, torch.Size([3, 1]))
     """
+    where = None if device is None else torch.device(device)
+    weights = get_func_params(module, where) if copy_initial_weights else [p.clone().to(where) for p in _params(module)]
+    return _functional(module, where, weights, track_higher_grads)
+
+
+def make_functional(
+    module: nn.Module, encapsulator: Callable[[FunctionalModule, nn.Module], None] | None = None
+) -> FunctionalModule:
+    """A functional view of `module` without weights of its own: the first `params=` become its fast weights.
+
+    Args:
+        module: Any module; it is not changed.
+        encapsulator: Called with the new functional module and `module`, to add what is wanted.
+
+    Raises:
+        TypeError: `module` is no plain Python module.
+        ValueError: Later, at a call without `params=` before any were given.
+
+    Memory:
+        A copy of the buffers.
+
+    Example:
+        >>> import torch, lowmem_higher as higher
+        >>> fnet = higher.patch.make_functional(torch.nn.Linear(2, 1))
+        >>> fnet(torch.ones(3, 2), params=[torch.ones(1, 2), torch.zeros(1)]).tolist()
+        [[2.0], [2.0], [2.0]]
+    """
+    fmodel = _functional(module, None, None, True)
+    if encapsulator is not None:
+        encapsulator(fmodel, module)
+    return fmodel
+
+
+def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | str | None = None) -> None:
+    """Give `fmodule` copies of the buffers that `module` has now.
+
+    Args:
+        module: The model.
+        fmodule: A functional view of it; it gets new tensors, and `module` stays as it is.
+        device: Where they go; `None` leaves them where they are.
+
+    Raises:
+        ValueError: The two are not built alike.
+
+    Example:
+        >>> import torch, lowmem_higher as higher
+        >>> net = torch.nn.BatchNorm1d(2)
+        >>> fnet = higher.monkeypatch(net)
+        >>> _ = net(torch.ones(3, 2))
+        >>> higher.patch.buffer_sync(net, fnet)
+        >>> fnet.num_batches_tracked.item()
+        1
+    """
+    where = None if device is None else torch.device(device)
+    source, target = ParameterSlots(module), ParameterSlots(fmodule)
+    if [[name for _, name in slots] for slots in source.buffers] != [[name for _, name in s] for s in target.buffers]:
+        raise ValueError("The modules differ in their buffers; make the second from the first: monkeypatch(module).")
+    with torch.no_grad():
+        target.install_buffers(copied(source.read_buffers(), where))
+
+
+def _params(module: nn.Module) -> list[nn.Parameter]:
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         raise TypeError(f"The model must be a torch.nn.Module in Python, and is {type(module).__name__}.")
+    return list(module.parameters())
+
+
+def _functional(
+    module: nn.Module, device: torch.device | None, weights: list[Tensor] | None, track: bool
+) -> FunctionalModule:
+    originals = _params(module)
     with torch.no_grad():
         buffers = copied(ParameterSlots(module).read_buffers(), device)
-    weights = []
-    for param in module.parameters():
-        source = param.detach() if copy_initial_weights else param
-        weight = source.clone().to(device or param.device)
-        weights.append(weight.requires_grad_(param.requires_grad) if copy_initial_weights else weight)
     root = copy_structure(module)
     view = FunctionalView(root, weights, track)
     view.slots.install_buffers(buffers)
-    view.originals = list(module.parameters())
+    view.originals = list(originals)
     root.__dict__["_view"] = view
     root.__class__ = functional_class(type(module))
     return cast(FunctionalModule, root)
-
-
-def copied(buffers: Sequence[Tensor | None], device: torch.device | None = None) -> list[Tensor | None]:
-    """Detached copies of buffers."""
-    return [None if buffer is None else buffer.detach().clone().to(device or buffer.device) for buffer in buffers]
 
 
 def copy_structure(module: nn.Module) -> nn.Module:
@@ -473,7 +333,7 @@ def copy_structure(module: nn.Module) -> nn.Module:
     for part in module.modules():
         for name, value in part.__dict__.items():
             copies[id(part)].__dict__[name] = _led_to_copies(value, copies)
-        for table in _OWN_TABLES & part.__dict__.keys():
+        for table in own_tables & part.__dict__.keys():
             found = part.__dict__[table]
             copies[id(part)].__dict__[table] = type(found)(
                 (name, _led_to_copies(value, copies)) for name, value in found.items()
@@ -556,7 +416,7 @@ def _make_routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
         fmodel, path = self.__dict__.get("_call_through", (None, ""))  # a slice of a container is built without it
         if fmodel is None:
             return run(*args, **kwargs)
-        owner = _alive(fmodel)
+        owner = alive(fmodel)
         return owner._view.caller.call_module(owner, path, run, args, kwargs)
 
     names = {"__call__": call, "__module__": module_type.__module__, "__qualname__": module_type.__qualname__}

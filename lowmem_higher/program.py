@@ -299,6 +299,7 @@ def check_dependence(
     externals: Sequence[Tensor],
     since: int,
     made_inside: Callable[[Tensor], bool] | None,
+    is_step: Callable[[Any], bool],
 ) -> None:
     """Rules R9 and R6: nothing read from outside depends on the fast weights unseen, and no input is missed.
 
@@ -309,16 +310,17 @@ def check_dependence(
         since: The autograd sequence number at the start of the window; older graph cannot reach `weights`.
         made_inside: If given, also walk the graph of the loss, and require each of its inputs to be known; says of a
             leaf whether the step itself makes it.
+        is_step: Says whether a node of the graph is a step of this model, through which no inner gradient passes.
 
     Raises:
         RecordError: An external depends on the weights, or an input of the loss is not known.
     """
     edges = {_edge(weight) for weight in weights if weight.requires_grad}
     for external in externals:
-        if _made_since(external, since) and _boundary(external, since, edges)[1]:
+        if _made_since(external, since) and _boundary(external, since, edges, is_step)[1]:
             raise unseen_error(external, "A tensor that the loss is made from")
     for weight in weights:
-        if _made_since(weight, since) and _boundary(weight, since, edges - {_edge(weight)})[1]:
+        if _made_since(weight, since) and _boundary(weight, since, edges - {_edge(weight)}, is_step)[1]:
             raise RecordError(
                 f"A fast weight that was set by hand (shape {tuple(weight.shape)}) is a function of another one that "
                 "stayed as it was. The gradient for that one would count twice. Set all weights that take part: "
@@ -370,7 +372,9 @@ def _edge(tensor: Tensor) -> tuple[int, int]:
     return (id(tensor), -1) if tensor.grad_fn is None else (tensor.grad_fn._sequence_nr(), tensor.output_nr)
 
 
-def _boundary(start: Tensor, since: int, known: set[tuple[int, int]]) -> tuple[list[Tensor | None], bool]:
+def _boundary(
+    start: Tensor, since: int, known: set[tuple[int, int]], is_step: Callable[[Any], bool] | None = None
+) -> tuple[list[Tensor | None], bool]:
     """Walk a graph back to `known` places or to what is older than `since`.
 
     Returns:
@@ -378,7 +382,7 @@ def _boundary(start: Tensor, since: int, known: set[tuple[int, int]]) -> tuple[l
     """
     unknown: list[Tensor | None] = []
     reached = False
-    if start.grad_fn is None or _edge(start) in known:
+    if start.grad_fn is None or _edge(start) in known or (is_step is not None and is_step(start.grad_fn)):
         return unknown, _edge(start) in known
     seen, pending = {start.grad_fn}, [start.grad_fn]
     while pending:
@@ -391,7 +395,7 @@ def _boundary(start: Tensor, since: int, known: set[tuple[int, int]]) -> tuple[l
                 reached = True
             elif variable is not None or node._sequence_nr() < since:
                 unknown.append(variable)
-            elif node not in seen:
+            elif node not in seen and not (is_step is not None and is_step(node)):
                 seen.add(node)
                 pending.append(node)
     return unknown, reached

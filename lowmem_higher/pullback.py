@@ -29,12 +29,13 @@ from lowmem_higher.errors import HigherOrderError, HistoryFreedError
 from lowmem_higher.optim.base import State
 from lowmem_higher.program import Buffers
 from lowmem_higher.step import Carry, Layout, StepRecord, StepRun, detached_state, state_leaf, with_state_leaves
+from lowmem_higher.truncation import LastSteps
 
 
 class Carries(Protocol):
     """Who hands out carries (the trajectory)."""
 
-    stepping: bool  # whether an inner gradient is being taken
+    last: LastSteps  # the steps that gradients pass through
 
     def carry_before(self, record: StepRecord) -> Carry:
         """The carry that a step started from."""
@@ -64,14 +65,16 @@ class StepNode(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Put the outputs, which are computed already, into the graph."""
         ctx.set_materialize_grads(False)
-        ctx.carries, ctx.record, ctx.inputs = carries, record, len(inputs)
+        ctx.carries, ctx.record, ctx.inputs, ctx.truncated = carries, record, len(inputs), False
         ctx.save_for_backward(*outputs[: len(record.layout.weights_out)])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """Pull the cotangents back through the step."""
-        if ctx.carries.stepping:
+        if ctx.truncated:
+            return tuple([None] * (3 + ctx.inputs))
+        if ctx.carries.last.inner:
             # A weight that no step has used yet is an output of an early node, and an input of all later ones. To get
             # to it the engine runs those as well; but the inner gradient is the partial derivative, which ends here.
             return tuple([None] * (3 + ctx.inputs))
@@ -104,13 +107,16 @@ def attach(
 ) -> tuple[tuple[Tensor, ...], PastWeights]:
     """Put a step into the graph; returns its outputs with their place in the graph, and the weights of its time."""
     counter = itertools.count()
-    recompute = functools.partial(_weight_after, carries, record)
+    recompute = functools.partial(_weight_after, carries, weakref.ref(record))  # held by the node until it lets go
     with torch.enable_grad(), saved_tensors_hooks(lambda _: next(counter), recompute):
         attached = StepNode.apply(carries, record, outputs, *inputs)  # type: ignore[no-untyped-call]
     return attached, PastWeights(weakref.ref(attached[0].grad_fn), record.layout.weights_out)
 
 
-def _weight_after(carries: Carries, record: StepRecord, position: int) -> Tensor:
+def _weight_after(carries: Carries, held: weakref.ref[StepRecord], position: int) -> Tensor:
+    record = held()
+    if record is None:
+        raise freed_error()
     return carries.weights_after(record)[record.layout.weights_out[position]].detach()
 
 
@@ -124,6 +130,11 @@ class PastWeights:
     def weights(self) -> dict[int, Tensor]:
         """The weights that the step updated, by index."""
         node = self.node()
+        if node is not None and node.truncated:
+            raise HistoryFreedError(
+                "These weights were let go by truncate=K, which keeps those of the last K steps. Ask for a later time, "
+                "or for a larger truncate."
+            )
         if node is None or node.record is None:
             raise freed_error()
         return dict(zip(self.updated, node.saved_tensors, strict=True))

@@ -14,8 +14,8 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import Tensor
 
+from lowmem_higher.fast_weights import FunctionalView, ParameterSlots, copied, marked_as_rerun
 from lowmem_higher.interception import Interception
-from lowmem_higher.patch import FunctionalView, ParameterSlots, copied, marked_as_rerun
 from lowmem_higher.second_order import second_order_here
 
 Rerun = Callable[..., Any]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowmem_higher.custom_rules import advance_again, is_custom
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
+from lowmem_higher.fast_weights import replayed_weights
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback, Gradients, Group, State, called_back
-from lowmem_higher.patch import replayed_weights
 from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modified_error
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored

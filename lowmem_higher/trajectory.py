@@ -49,6 +49,7 @@ from lowmem_higher.step import (
     with_state_leaves,
 )
 from lowmem_higher.structure import flatten
+from lowmem_higher.truncation import LastSteps
 from lowmem_higher.watch import Watcher
 
 
@@ -66,6 +67,7 @@ class Trajectory:
         schedule: Which carries are kept.
         replay: "native" or "torch".
         verify: "new", "all" or "off": which replays are checked.
+        last: The steps that gradients pass through.
     """
 
     def __init__(
@@ -76,16 +78,18 @@ class Trajectory:
         schedule: Schedule,
         replay: str,
         verify: str,
+        last: LastSteps,
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
-        self.stepping = False  # an inner gradient is being taken
+        self.last = last
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
         self._carries = Carries(schedule, self.ledger)
         strategies: dict[str, type[NativeReplay] | type[TorchReplay]] = {"native": NativeReplay, "torch": TorchReplay}
-        self._replay: Replay = strategies[replay](self.ledger.count_second_order)
+        count = self.ledger.count_first_order if optimizer.first_order else self.ledger.count_second_order
+        self._replay: Replay = strategies[replay](count)
         self._verify = verify
         self._programs: dict[StepProgram, StepProgram] = {}
         self._layouts: dict[Layout, Layout] = {}
@@ -174,16 +178,13 @@ class Trajectory:
         program = self._programs.setdefault(piece.program, piece.program)
         checked = self._checked(program)
         made_inside = functools.partial(self._recorder.made_in, self._window) if checked else None
-        check_dependence(loss, weights, externals.tensors, self._since, made_inside)
+        check_dependence(loss, weights, externals.tensors, self._since, made_inside, self._is_step)
         self._check_ancestors(optimizer, weights, externals.tensors)
 
         ambient = Ambient.capture()
-        self.stepping = True
-        try:
-            with torch._C._EnableTorchFunction():  # the backward may run the model's code again (rule R7)
-                grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
-        finally:
-            self.stepping = False
+        # The backward may run the model's code again (rule R7).
+        with self.last.inner_gradient(), torch._C._EnableTorchFunction():
+            grads: Gradients = optimizer.gradients(loss, weights, create_graph=False)
         held, reads_all = optimizer.held, callback is not None or optimizer.updates_in_place
         feeding = tuple([
             weight.requires_grad and (reads_all or grads[index] is not None or index not in held)
@@ -255,6 +256,7 @@ class Trajectory:
         self._uses[program] += 1
         self._tail = record
         self._node = past.node
+        self.last.left(past.node)
         self._updated.update(layout.weights_out)
         self._outputs = [weakref.ref(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
         self._versions = [version_of(tensor) for tensor in (*public, *state_tensors(optimizer.state))]
@@ -301,6 +303,10 @@ class Trajectory:
             and self._tail.layout.trainable == tuple([weight.requires_grad for weight in weights])
             and not any(map(self._recorder.exposed, weights))
         )
+
+    def _is_step(self, node: Any) -> bool:
+        """Whether a node of the graph is a step of this functional model, by this optimizer or another."""
+        return getattr(getattr(node, "carries", None), "last", None) is self.last
 
     def _check_ancestors(
         self, optimizer: DifferentiableOptimizer, weights: list[Tensor], externals: list[Tensor]

@@ -17,15 +17,18 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lowmem_higher.optim.in_place import apply_rule_in_place, run_update
+from lowmem_higher.optim.write_back import write_back
 from lowmem_higher.report import Report
+from lowmem_higher.truncation import LastSteps
 
 _JOINED_UP_TO = 1 << 14  # elements
 
@@ -134,12 +137,15 @@ class DifferentiableOptimizer:
         self._run: Run | None = None
         if override is not None:
             self._apply_override(override)
+        if fmodel is not None:
+            fmodel._view.joined(self)
 
     @property
     def held(self) -> frozenset[int]:
         """The indices of the parameters that are optimized."""
         return frozenset(index for indices in self._group_to_param_list for index in indices)
 
+    first_order = False  # whether gradients treat each inner gradient as a constant
     elementwise = False  # whether `update` treats each element alone, so that it may run on many parameters joined
     scalars: tuple[str, ...] = ("step",)  # state that is one number for a whole parameter
 
@@ -160,6 +166,7 @@ class DifferentiableOptimizer:
         """
         wanted = [index for index in sorted(self.held) if params[index].requires_grad]
         targets = [params[index] for index in wanted]
+        create_graph = create_graph and not self.first_order
         found = (
             torch.autograd.grad(loss, targets, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
             if wanted
@@ -283,11 +290,14 @@ class DifferentiableOptimizer:
         self,
         loss: Tensor | Callable[..., Tensor],
         *args: Any,
+        params: Iterable[Tensor] | None = None,
         override: Mapping[str, Sequence[Any]] | None = None,
         grad_callback: GradCallback | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
         """Take one optimizer step and make its result the current fast weights.
+
+        `step(loss, params, override, grad_callback)` in this order, as in `higher`, or `step(fn, *args, **kwargs)`.
 
         Args:
             loss: A scalar tensor that depends on the current fast weights; or a function, which is then called as
@@ -295,16 +305,20 @@ class DifferentiableOptimizer:
                 again at each replay. It must therefore take what changes from step to step as *arguments*: a variable
                 captured by a closure has its last value by then.
             args: Passed to the function. Tensors are held by reference until the outer backward.
-            override: Replaces hyperparameters, for this step and those that follow, as in `higher`.
+            params: The tensors to update, in the order of `reference_params`, for an optimizer without a functional
+                model. With one, only its current fast weights are sensible, and the default.
+            override: Replaces hyperparameters, for this step and those that follow, as in `higher`. To override a
+                single step, override the next one back, or set `param_groups` afterwards.
             grad_callback: Replaces the optimizer's own callback in this step.
             kwargs: Passed to the function.
 
         Returns:
-            All current fast weights, in the order of `fmodel.parameters()`.
+            All current fast weights, in the order of `fmodel.parameters()`; the new `params` if there is no such model.
 
         Raises:
             TypeError: `loss` is neither a tensor nor callable.
-            ValueError: It is not a scalar, not finite, has no graph, or does not depend on the fast weights.
+            ValueError: It is not a scalar, not finite, has no graph, or does not depend on the fast weights; there is
+                neither a functional model nor `params`.
             RecordError: Under `checkpoint_every`: the recorder could not follow how `loss` was made.
 
         Memory:
@@ -323,11 +337,18 @@ class DifferentiableOptimizer:
             >>> diffopt.report.steps
             3
         """
-        if not callable(loss) and (args or kwargs):
+        if not callable(loss) and args:
+            named: list[Any] = [params, override, grad_callback]
+            if len(args) > 3 or any(value is not None for value in named[: len(args)]):
+                raise TypeError("step(loss, params, override, grad_callback) got an argument too many, or one twice.")
+            params, override, grad_callback, *_ = [*args, *named[len(args) :]]
+            args = ()
+        if not callable(loss) and (kwargs or isinstance(params, Tensor)):
             raise TypeError(
                 "step(loss) got further arguments besides a tensor; they belong to step(fn, *args, **kwargs), where "
                 "fn(fmodel, *args, **kwargs) computes the loss. Write step(loss, override=..., grad_callback=...)."
             )
+        weights = new_weights = self._weights(params)
         groups, state = self.param_groups, self.state
         callback = grad_callback or self._grad_callback
         try:
@@ -337,7 +358,8 @@ class DifferentiableOptimizer:
             if self._executor is not None:
                 self._executor.step(self, loss, args, kwargs, callback)
             else:
-                self._unrolled_step(loss(self._fmodel, *args, **kwargs) if callable(loss) else loss, callback)
+                value = loss(self._fmodel, *args, **kwargs) if callable(loss) else loss
+                new_weights = self._unrolled_step(value, weights, callback)
         except BaseException:
             self.param_groups, self.state = groups, state
             raise
@@ -345,24 +367,56 @@ class DifferentiableOptimizer:
             for group, new in zip(groups, self.param_groups, strict=True):
                 group.update(new)
             self.param_groups = groups
-        return list(self._fmodel.fast_params)
+        return list(new_weights or () if self._fmodel is None else self._fmodel._view.current)
 
-    def _unrolled_step(self, loss: Tensor, callback: GradCallback | None) -> None:
+    def _weights(self, params: Iterable[Tensor] | None) -> list[Tensor] | None:
+        """The tensors to update if they are others than the current fast weights."""
+        given = None if params is None else list(params)
+        if self._fmodel is None:
+            if given is None:
+                raise ValueError(
+                    "This optimizer was made without a functional model, so step needs the tensors that it updates: "
+                    "y, = diffopt.step(energy(y).sum(), params=[y])."
+                )
+            count = 1 + max(self.held, default=-1)
+            if len(given) < count:
+                raise ValueError(f"step got {len(given)} tensors in params, and the optimizer was made with {count}.")
+            return given
+        current = self._fmodel._view.current
+        if given is None or (len(given) == len(current) and all(map(operator.is_, given, current))):
+            return None
+        if self._executor is not None:
+            raise ValueError(
+                "params holds other tensors than the current fast weights, of which a checkpointed step is taken. Make "
+                "them the current ones, fmodel.update_params(params), before the loss is computed."
+            )
+        return given
+
+    def _unrolled_step(self, loss: Tensor, weights: list[Tensor] | None, callback: GradCallback | None) -> list[Tensor]:
         """The full unroll: every step's graph stays alive, as in `higher`."""
         check_loss(loss)
-        self._fmodel._view.take_assigned()
-        params = list(self._fmodel.fast_params)
+        view = None if self._fmodel is None else self._fmodel._view
+        if view is not None:
+            view.take_assigned()
+        params = list(view.current) if weights is None and view is not None else list(weights or ())
         track = self._track_higher_grads
-        grads = self.gradients(loss, params, create_graph=track)
+        last = LastSteps() if view is None else view.last
+        with last.inner_gradient():
+            grads = self.gradients(loss, params, create_graph=track)
         if callback is not None:
-            reads = self._fmodel._view.reads
+            reads = 0 if view is None else view.reads
             grads = called_back(callback, grads)
-            if self._fmodel._view.reads != reads:
+            if view is not None and view.reads != reads:
                 # The callback read the weights, and may tie the others to one that stays as it is. As the same tensor
                 # that one would be their ancestor, and its next inner gradient the total derivative, not the partial.
                 params = [param.view_as(param) if param.requires_grad else param for param in params]
         with torch.set_grad_enabled(track):
-            new_params, self.state = self.advance(params, grads, self.state, self.param_groups)
+            new_params, new_state = self.advance(params, grads, self.state, self.param_groups)
+        held = self.held
+        in_part = any(param.requires_grad and index not in held for index, param in enumerate(params))
+        if track and (in_part or last.count is not None):
+            new_params, new_state = _reached(last, params, new_params, self.state, new_state)
+        self.state = new_state
         # Parts of a joined update share its storage; the user gets tensors of their own, which may be edited in place.
         new_params = [new.clone() if new._is_view() else new for new in new_params]
         if not track:
@@ -370,9 +424,52 @@ class DifferentiableOptimizer:
                 new if new is old else new.detach().requires_grad_()
                 for new, old in zip(new_params, params, strict=True)
             ]
-        self._fmodel.update_params(new_params)
+        if self._fmodel is not None:
+            self._fmodel.update_params(new_params)
+        last.taken += 1
         if self._run is not None:
             self._run.count_step()
+        return new_params
+
+    def commit(self, model: nn.Module, opt: torch.optim.Optimizer | None = None) -> None:
+        """Write what the loop trained into the model and its torch optimizer, as if torch had trained them.
+
+        The model's parameters get the current fast weights and its buffers (BatchNorm's statistics) the current ones,
+        in place and detached; the optimizer's state gets ours, in the form that its own `step()` goes on from. Its
+        hyperparameters stay as they are. Everything is checked before anything is written.
+
+        Do it after the outer backward: an outer loss that reads the model's own parameters is spoilt by the writes, and
+        autograd then refuses its backward.
+
+        Args:
+            model: The model that the context was opened with, or one of the same structure.
+            opt: The torch optimizer over `model`'s parameters, with the groups of the one that the context was opened
+                with. None: the optimizer state is not written.
+
+        Raises:
+            ValueError: There is no functional model; a parameter or buffer differs in shape or dtype; there are other
+                buffers; `opt` holds other parameters.
+
+        Memory:
+            None but the state that the optimizer did not have yet. No pass.
+
+        Example:
+            >>> import torch, lowmem_higher as higher
+            >>> net = torch.nn.Linear(2, 1)
+            >>> opt = torch.optim.Adam(net.parameters())
+            >>> with higher.innerloop_ctx(net, opt) as (fnet, diffopt):
+            ...     for _ in range(3):
+            ...         _ = diffopt.step(fnet(torch.ones(1, 2)).sum())
+            >>> diffopt.commit(net, opt)
+            >>> torch.equal(net.weight, fnet.weight), opt.state[net.weight]["step"]
+            (True, tensor(3.))
+        """
+        if self._fmodel is None:
+            raise ValueError(
+                "This optimizer was made without a functional model, so there is nothing to write into a model. Copy "
+                "what step(loss, params=[y]) returned: with torch.no_grad(): y.copy_(new_y)."
+            )
+        write_back(self._fmodel, self.state, self._group_to_param_list, model, opt)
 
     def follow(self, executor: Executor | None, run: Run) -> None:
         """Let `executor` carry out the steps (None: the full unroll), and `run` say what they cost."""
@@ -425,6 +522,26 @@ class DifferentiableOptimizer:
     def __repr__(self) -> str:
         shown = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return f"{type(self).__name__}({len(shown)} parameter group(s), {shown})"
+
+
+def _reached(
+    last: LastSteps, params: Sequence[Tensor], new_params: Sequence[Tensor], state: State, new_state: State
+) -> tuple[list[Tensor], State]:
+    """What a step has made, with the gradient ending there once the step is out of reach."""
+    reached_params = [new if new is old else last.reached(new) for new, old in zip(new_params, params, strict=True)]
+    reached_state = [
+        {
+            index: {
+                key: last.reached(value)
+                if isinstance(value, Tensor) and value is not old.get(index, {}).get(key)
+                else value
+                for key, value in entry.items()
+            }
+            for index, entry in entries.items()
+        }
+        for entries, old in zip(new_state, state, strict=True)
+    ]
+    return reached_params, reached_state
 
 
 def called_back(callback: GradCallback, grads: Gradients) -> list[Tensor | None]:
