@@ -53,6 +53,11 @@ class Settings:
                 f"innerloop_ctx(..., checkpoints=10, steps={self.steps})."
             )
         _check_count("truncate", self.truncate, "gradients pass through so many of the last steps")
+        if self.truncate is not None and self.checkpoints is not None:
+            raise ValueError(
+                f"checkpoints={self.checkpoints} spreads the carries over all steps, of which truncate={self.truncate} "
+                f"uses the last only. Keep every so many instead: checkpoint_every=10, truncate={self.truncate}."
+            )
         if not isinstance(self.first_order, bool):
             raise TypeError(
                 f"first_order={self.first_order!r} is a {type(self.first_order).__name__}; it must be True or False."

@@ -44,11 +44,13 @@ def install_as_higher() -> StandIn:
         ImportError: The real `higher` was imported before; the modules that did so would go on using it.
 
     Example:
-        >>> import lowmem_higher
-        >>> with lowmem_higher.install_as_higher():
+        >>> import sys, lowmem_higher
+        >>> real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "higher"}
+        >>> with lowmem_higher.install_as_higher():  # in a program of your own, before the first `import higher`
         ...     import higher
         >>> higher.innerloop_ctx is lowmem_higher.innerloop_ctx
         True
+        >>> sys.modules.update(real)
     """
     modules = {name: getattr(lowmem_higher, part) if part else lowmem_higher for name, part in _NAMES.items()}
     other = [name for name, module in modules.items() if sys.modules.get(name, module) is not module]

@@ -18,6 +18,7 @@ from lowmem_higher import HistoryFreedError
 from lowmem_higher.testing import live_bytes
 
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
+BOUNDED: dict[str, Any] = {"checkpoints": 2}
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"checkpoint_every": 1},
@@ -207,6 +208,12 @@ def test_what_truncate_may_be(value: Any, error: type[Exception]) -> None:
         lowmem_higher.innerloop_ctx(net, sgd_for(net), truncate=value).__enter__()
 
 
+def test_a_number_of_checkpoints_does_not_go_with_truncation() -> None:
+    net = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="checkpoint_every=10, truncate=3"):
+        lowmem_higher.innerloop_ctx(net, sgd_for(net), checkpoints=4, truncate=3).__enter__()
+
+
 # --------------------------------------------------------------------------------------------------------- first order
 
 
@@ -241,7 +248,7 @@ def test_first_order_equals_that_of_higher() -> None:
             return fnet(x).tanh().sum()
 
     expected = gradients(loop, 6, library=higher)
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, BOUNDED):
         assert_same(gradients(loop, 6, first_order=True, **setting), expected)
 
 
