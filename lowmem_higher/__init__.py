@@ -10,6 +10,7 @@ from lowmem_higher.errors import (
     HigherOrderError,
     HistoryFreedError,
     LowmemError,
+    NothingTrainedWarning,
     RecordError,
     ReplayMismatchError,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "HigherOrderError",
     "HistoryFreedError",
     "LowmemError",
+    "NothingTrainedWarning",
     "RecordError",
     "ReplayMismatchError",
     "Report",

@@ -36,5 +36,9 @@ class HigherOrderError(LowmemError):
     """`create_graph=True` went through a checkpointed context, whose backward is first order."""
 
 
+class NothingTrainedWarning(UserWarning):
+    """An outer backward ended at the copies that `copy_initial_weights=True` makes, and at nothing else."""
+
+
 class HistoryFreedError(LowmemError):
     """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -53,6 +54,15 @@ class ModuleCaller(Protocol):
         """Run the submodule at `path` of `fmodel` and record the call as one node."""
 
 
+@dataclass
+class StartOfHistory:
+    """What became of the initial weights; see `slip.py`."""
+
+    asked: bool = False  # somebody got them
+    judged: bool = False  # a backward has reached them
+    slipped: bool = False  # and nothing else
+
+
 class FunctionalView:
     """The weights of one fmodel: where they sit in the module, the current ones, and those of earlier times."""
 
@@ -64,6 +74,7 @@ class FunctionalView:
         self.track = track
         self.caller: ModuleCaller | None = None
         self.last = LastSteps()
+        self.start = StartOfHistory()
         self.joined: Callable[[Any], None] = _nothing_to_do  # called with each further optimizer of these weights
         self.history: list[list[Tensor] | Past] = []
         self.current: list[Tensor] = []
@@ -108,6 +119,7 @@ class FunctionalView:
     def at(self, time: int | None) -> list[Tensor]:
         """The weights of a time, counted from the start or, if negative, from the end."""
         self.need_weights()
+        self.start.asked |= time is not None or len(self.history) == 1
         if time is None:
             self.reads += 1
             return replayed.weights.get(self.token, self.current)

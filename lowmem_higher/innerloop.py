@@ -20,6 +20,7 @@ from lowmem_higher.record import recorder
 from lowmem_higher.report import Report
 from lowmem_higher.schedule import Bounded, Periodic, Revolve, Schedule
 from lowmem_higher.second_order import second_order
+from lowmem_higher.slip import warn_of_slip
 from lowmem_higher.trajectory import Trajectory
 
 _CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
@@ -137,7 +138,8 @@ def innerloop_ctx(
         opt: A torch optimizer over (some of) the model's parameters; its state is taken over, it is not changed.
         device: Where fast weights, buffers and optimizer state go; `None` leaves them where they are.
         copy_initial_weights: True (as in `higher`): the initial fast weights are detached copies, and
-            `model.parameters()` get no gradient. False: gradients reach `model.parameters()`.
+            `model.parameters()` get no gradient. False: gradients reach `model.parameters()`. A `NothingTrainedWarning`
+            is given where an outer backward ended at those copies, which nobody asked for, and at nothing else.
         override: `{hyperparameter: [value]}` or one value per parameter group; tensors get gradients.
         track_higher_grads: False records no graph at all, for evaluation.
         checkpoint_every: `None` is the full unroll: any order of derivative, memory that grows with every step. N keeps
@@ -208,6 +210,8 @@ def innerloop_ctx(
         track_higher_grads=track_higher_grads,
     )
     view = fmodel._view
+    if copy_initial_weights and track_higher_grads:
+        warn_of_slip(view)
     wiring = _Wiring(model, fmodel, settings, track_higher_grads)
     with follow_view(view), second_order() if track_higher_grads else nullcontext(), wiring.open():
         wiring.join(diffopt)

@@ -103,6 +103,8 @@ class FunctionalModule(nn.Module):
         # As for `parameters`: tensors with a graph.
         """The current fast weights with their names in the model."""
         view = self.__dict__.get("_view")
+        if view is not None:
+            view.start.asked |= len(view.history) == 1
         weights = None if view is None else replayed.weights.get(view.token)
         if view is None or weights is None:
             return super().named_parameters(*args, **kwargs)
