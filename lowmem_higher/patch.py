@@ -242,7 +242,8 @@ def monkeypatch(
         (2, torch.Size([3, 1]))
     """
     where = None if device is None else torch.device(device)
-    weights = get_func_params(module, where) if copy_initial_weights else [p.clone().to(where) for p in _params(module)]
+    params = _params(module)
+    weights = get_func_params(module, where) if copy_initial_weights else [param.clone().to(where) for param in params]
     return _functional(module, where, weights, track_higher_grads)
 
 

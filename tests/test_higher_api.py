@@ -297,3 +297,37 @@ def test_every_way_to_import_a_public_name() -> None:
     assert lowmem_higher.get_diff_optim is lowmem_higher.optim.get_diff_optim
     assert lowmem_higher.register_optim is lowmem_higher.optim.register_optim
     assert {"optim", "patch", "utils", "monkeypatch", "install_as_higher"} <= set(lowmem_higher.__all__)
+
+
+# ---------------------------------------------------------------------------------------- optimizers without a model
+
+
+def test_without_a_functional_model_step_needs_params() -> None:
+    y = torch.ones(2, requires_grad=True)
+    diffopt = lowmem_higher.get_diff_optim(torch.optim.SGD([y], lr=0.1), [y])
+    with pytest.raises(ValueError, match=r"params=\[y\]"):
+        diffopt.step(y.square().sum())
+    with pytest.raises(ValueError, match="step got 0 tensors in params"):
+        diffopt.step(y.square().sum(), params=[])
+    (new,) = diffopt.step(lambda nothing, scale: scale * y.square().sum(), 0.5, params=[y])
+    torch.testing.assert_close(new, 0.9 * y)
+    with pytest.raises(ValueError, match="does not depend on the current fast weights"):
+        diffopt.step(new.sum(), params=[y.clone()])
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_params_are_the_fast_weights_where_there_is_a_model(every: int | None) -> None:
+    net = nn.Linear(2, 1)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    with lowmem_higher.innerloop_ctx(net, opt, checkpoint_every=every) as (fnet, diffopt):
+        x = torch.ones(3, 2)
+        same = diffopt.step(fnet(x).sum(), params=fnet.parameters())
+        assert all(a is b for a, b in zip(same, fnet.fast_params, strict=True))
+        others = [2 * p for p in fnet.parameters()]
+        loss = nn.functional.linear(x, *others).sum()
+        if every is None:
+            new = diffopt.step(loss, params=others)
+            torch.testing.assert_close(new[0], others[0] - 0.3)
+        else:
+            with pytest.raises(ValueError, match=r"fmodel.update_params\(params\)"):
+                diffopt.step(loss, params=others)

@@ -372,18 +372,18 @@ class DifferentiableOptimizer:
     def _weights(self, params: Iterable[Tensor] | None) -> list[Tensor] | None:
         """The tensors to update if they are others than the current fast weights."""
         given = None if params is None else list(params)
+        if self._fmodel is None and given is None:
+            raise ValueError(
+                "This optimizer was made without a functional model, so step needs the tensors that it updates: "
+                "y, = diffopt.step(energy(y).sum(), params=[y])."
+            )
+        count = 1 + max(self.held, default=-1) if self._fmodel is None else len(self._fmodel._view.slots)
+        if given is not None and len(given) < count:
+            raise ValueError(f"step got {len(given)} tensors in params, and the optimizer was made with {count}.")
         if self._fmodel is None:
-            if given is None:
-                raise ValueError(
-                    "This optimizer was made without a functional model, so step needs the tensors that it updates: "
-                    "y, = diffopt.step(energy(y).sum(), params=[y])."
-                )
-            count = 1 + max(self.held, default=-1)
-            if len(given) < count:
-                raise ValueError(f"step got {len(given)} tensors in params, and the optimizer was made with {count}.")
             return given
         current = self._fmodel._view.current
-        if given is None or (len(given) == len(current) and all(map(operator.is_, given, current))):
+        if given is None or (len(current) > 0 and all(map(operator.is_, given, current))):
             return None
         if self._executor is not None:
             raise ValueError(
