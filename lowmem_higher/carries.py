@@ -145,5 +145,8 @@ class Carries:
         self._worked_on = weakref.ref(segment)
 
     def _advance(self, record: StepRecord, carry: Carry) -> Carry:
-        self._ledger.count_first_order()
+        if record.journal is None:
+            self._ledger.count_first_order()
+        else:
+            self._ledger.update_runs += 1
         return self.keep(advance_carry(record, carry))

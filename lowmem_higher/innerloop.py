@@ -38,6 +38,7 @@ class Settings:
     verify: str = "new"
     truncate: int | None = None
     first_order: bool = False
+    journal: bool = False
 
     def __post_init__(self) -> None:
         _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
@@ -59,9 +60,14 @@ class Settings:
                 f"checkpoints={self.checkpoints} spreads the carries over all steps, of which truncate={self.truncate} "
                 f"uses the last only. Keep every so many instead: checkpoint_every=10, truncate={self.truncate}."
             )
-        if not isinstance(self.first_order, bool):
-            raise TypeError(
-                f"first_order={self.first_order!r} is a {type(self.first_order).__name__}; it must be True or False."
+        for name in ("first_order", "journal"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be True or False.")
+        if self.journal and self.schedule is None:
+            raise ValueError(
+                "journal=True keeps inner gradients to recompute carries from, and the full unroll recomputes none. "
+                "Say which carries to keep: innerloop_ctx(..., checkpoints=10, journal=True)."
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -127,6 +133,7 @@ def innerloop_ctx(
     verify: str = "new",
     truncate: int | None = None,
     first_order: bool = False,
+    journal: bool = False,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
 
@@ -158,6 +165,8 @@ def innerloop_ctx(
             had been detached K steps before the end.
         first_order: True treats each inner gradient as a constant (first-order MAML), so nothing is differentiated
             twice: initial weights and hyperparameters get gradients, what only feeds an inner loss gets none.
+        journal: True keeps the gradients of every step, as large as the weights, and recomputes carries by the update
+            rule alone: no model is run for a replay, except for the second-order run of each step.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
@@ -171,14 +180,16 @@ def innerloop_ctx(
         outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`. With
         s = `checkpoints`: `(s + 3) |carry| + G` for any T.
         With `truncate=K` the first term is `(ceil(K/c) + 1 + c) |carry|`, for any T; the full unroll still holds the
-        graphs of all steps. With `first_order=True` G is the graph of a plain backward, or of the update if larger.
+        graphs of all steps. `journal=True` adds T times the bytes of the weights. With `first_order=True` G is the
+        graph of a plain backward, or of the update if larger.
 
     Passes:
         At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
         With `checkpoints=s` and `steps=T` the fewest first-order runs that s slots allow, for example 3.6 T at T=1000,
         s=10 and 2.5 T at s=30 (`lowmem_higher.schedule.optimal_runs`); without `steps` at most 1.14 times as many.
         With `truncate=K` T first-order runs of your loop, K + c at most of the backward, and K second-order runs. With
-        `first_order=True` at most 3 T first-order runs and no other. (`replay="native"`.)
+        `first_order=True` at most 3 T first-order runs and no other. With `journal=True` T, those of your loop.
+        (`replay="native"`.)
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -198,7 +209,7 @@ def innerloop_ctx(
         Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019 (`truncate`).
         Finn et al., Model-agnostic meta-learning, ICML 2017, section 5.2 (`first_order`).
     """
-    settings = Settings(checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order)
+    settings = Settings(checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order, journal)
     where = None if device is None else torch.device(device)
     fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
     diffopt = get_diff_optim(
@@ -242,7 +253,14 @@ class _Wiring:
             optimizer.follow(None, Unrolled(self._tracked and not settings.first_order))
             return
         trajectory = Trajectory(
-            optimizer, self._live, recorder(), schedule, settings.replay, settings.verify, self._last
+            optimizer,
+            self._live,
+            recorder(),
+            schedule,
+            settings.replay,
+            settings.verify,
+            self._last,
+            settings.journal,
         )
         optimizer.follow(trajectory, trajectory)
         if self._open:

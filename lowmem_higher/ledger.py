@@ -9,7 +9,7 @@ from itertools import chain
 from torch import Tensor
 
 from lowmem_higher.report import Report
-from lowmem_higher.step import Carry
+from lowmem_higher.step import Carry, Journal
 from lowmem_higher.structure import storages_of
 
 
@@ -21,6 +21,7 @@ class Ledger:
         self.checkpoints = self.checkpoints_peak = 0
         self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
         self.externals_bytes = 0
+        self.update_runs = self.journal_bytes = 0
         self.forward_seconds = self.backward_seconds = 0.0
         self._storages: Counter[tuple[int, int]] = Counter()
 
@@ -37,6 +38,15 @@ class Ledger:
         self.checkpoints += checkpoints
         self.carries_peak_bytes = max(self.carries_peak_bytes, self.carries_bytes)
         self.checkpoints_peak = max(self.checkpoints_peak, self.checkpoints)
+
+    def write(self, journal: Journal) -> Journal:
+        """Count a step's journal until it is freed."""
+        self.journal_bytes += journal.nbytes
+        weakref.finalize(journal, self._forget, journal.nbytes).atexit = False
+        return journal
+
+    def _forget(self, size: int) -> None:
+        self.journal_bytes -= size
 
     def count_first_order(self) -> None:
         """Count a first-order run."""
@@ -76,4 +86,6 @@ class Ledger:
             self.externals_bytes,
             self.forward_seconds,
             self.backward_seconds,
+            self.update_runs,
+            self.journal_bytes,
         )

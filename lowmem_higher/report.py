@@ -25,6 +25,8 @@ class Report:
             that steps index counts in full, once.
         forward_seconds: From entering the context to the end of the last step.
         backward_seconds: Spent in replays and pullbacks.
+        update_runs: Carries got by the update rule alone, from a step's journal.
+        journal_bytes: Bytes of the journals that are alive: inner gradients, and buffers.
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -49,6 +51,8 @@ class Report:
     externals_bytes: int = 0
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
+    update_runs: int = 0
+    journal_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a plain dictionary, for JSON.
@@ -60,12 +64,14 @@ class Report:
         return dataclasses.asdict(self)
 
     def __repr__(self) -> str:
+        journal = f"\n  journal: {format_bytes(self.journal_bytes)}; {self.update_runs} update runs"
         return (
             f"Report: {self.steps} steps; {self.first_order_runs} first-order and {self.second_order_runs} "
             f"second-order runs\n  checkpoints: {self.checkpoints_held} held, {self.checkpoints_peak} at most, "
             f"{format_bytes(self.carry_bytes)} each; carries took {format_bytes(self.carries_peak_bytes)} at most\n"
             f"  externals: {format_bytes(self.externals_bytes)}\n"
             f"  seconds: {self.forward_seconds:.3f} in the loop, {self.backward_seconds:.3f} in replays and pullbacks"
+            f"{journal if self.update_runs or self.journal_bytes else ''}"
         )
 
 

@@ -140,9 +140,38 @@ class StepRun:
     buffers: Buffers
 
 
+@dataclass(eq=False)
+class Journal:
+    """What a step's update alone can be run again from: the gradients that it used, and the buffers after the step."""
+
+    grads: Gradients
+    buffers: Buffers
+    versions: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.versions = [version_of(tensor) for tensor in self.tensors()]
+
+    def tensors(self) -> list[Tensor]:
+        """The gradients and the buffers."""
+        return [tensor for tensor in (*self.grads, *self.buffers) if tensor is not None]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them all."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def check_unmodified(self, time: int) -> None:
+        """Rule R4, for the journal."""
+        if [version_of(tensor) for tensor in self.tensors()] != self.versions:
+            raise ExternalModifiedError(
+                f"An inner gradient of step {time}, kept by journal=True, was modified in place after the step. Let "
+                "grad_callback return tensors of its own, [g.clone() for g in grads], or change copies."
+            )
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class StepRecord:
-    """What is kept of one step: references, numbers, random states; no tensor that the step made."""
+    """What is kept of one step: references, numbers, random states; no tensor that the step made, but for a journal."""
 
     time: int
     program: StepProgram
@@ -164,6 +193,7 @@ class StepRecord:
     fingerprint: Tensor | None
     segment: Any
     previous: StepRecord | None
+    journal: Journal | None
     release: Callable[[list[Tensor]], None]
 
     def __del__(self) -> None:
@@ -202,12 +232,23 @@ class StepRecord:
                 check_fingerprint(self, loss, grads)
             if self.callback is not None:
                 grads = self._call_back(self.callback, grads, weights, externals)
-            with torch.set_grad_enabled(create_graph):
-                new_weights, new_state = self._advance(weights, grads, state, externals)
+        new_weights, new_state = self.update_again(weights, grads, state, externals, create_graph=create_graph)
+        return StepRun(new_weights, new_state, new_buffers)
+
+    def update_again(
+        self, weights: list[Tensor], grads: Gradients, state: State, externals: list[Tensor], *, create_graph: bool
+    ) -> tuple[list[Tensor], State]:
+        """Run the update alone again, from the gradients that it uses."""
+        with (
+            self.update.ambient.restored(Ambient.capture()),
+            second_order_here(),
+            torch.set_grad_enabled(create_graph),
+        ):
+            new_weights, new_state = self._advance(weights, grads, state, externals)
         expected = self.segment.marks.get(self.time + 1)
         if expected is not None:
             check_mark(self, expected, carry_mark([*new_weights, *state_tensors(new_state)]), new_weights)
-        return StepRun(new_weights, new_state, new_buffers)
+        return new_weights, new_state
 
     def _call_back(
         self, callback: GradCallback, grads: Gradients, weights: list[Tensor], externals: list[Tensor]
@@ -248,12 +289,17 @@ class StepRecord:
 
 
 def advance_carry(record: StepRecord, carry: Carry) -> Carry:
-    """The next carry, by a first-order run."""
+    """The next carry, by a first-order run, or by the update alone where the step has a journal."""
     weights = [
         weight.detach().requires_grad_(trainable)
         for weight, trainable in zip(carry.weights, record.layout.trainable, strict=True)
     ]
-    run = record.run(weights, carry.state, carry.buffers, record.stand_ins(), create_graph=False)
+    externals, journal = record.stand_ins(), record.journal
+    if journal is not None:
+        journal.check_unmodified(record.time)
+        new_weights, new_state = record.update_again(weights, journal.grads, carry.state, externals, create_graph=False)
+        return Carry([weight.detach() for weight in new_weights], new_state, journal.buffers)
+    run = record.run(weights, carry.state, carry.buffers, externals, create_graph=False)
     return Carry([weight.detach() for weight in run.weights], run.state, run.buffers)
 
 

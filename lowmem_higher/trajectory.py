@@ -36,6 +36,7 @@ from lowmem_higher.report import Report
 from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import (
     Carry,
+    Journal,
     Layout,
     StepRecord,
     Update,
@@ -68,6 +69,7 @@ class Trajectory:
         replay: "native" or "torch".
         verify: "new", "all" or "off": which replays are checked.
         last: The steps that gradients pass through.
+        journal: Whether each step's inner gradient is kept.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class Trajectory:
         replay: str,
         verify: str,
         last: LastSteps,
+        journal: bool,
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
         self.last = last
+        self._journal = journal
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
@@ -233,6 +237,7 @@ class Trajectory:
             fingerprint=mark,
             segment=segment,
             previous=before if before is not None and before.segment is segment else None,
+            journal=self.ledger.write(Journal(grads, buffers.tensors)) if self._journal else None,
             release=self.ledger.release,
         )
         self.ledger.hold(record.externals)

@@ -25,6 +25,8 @@ FIELDS = [
     "externals_bytes",
     "forward_seconds",
     "backward_seconds",
+    "update_runs",
+    "journal_bytes",
 ]
 SECONDS = ("forward_seconds", "backward_seconds")
 
