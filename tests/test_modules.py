@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import lowmem_higher as higher
 from lowmem_higher.testing import assert_matches_unrolled, taylor_test
@@ -193,6 +194,18 @@ class FusedAttention(nn.Module):
         q = self.queries(x).unflatten(-1, (4, 2)).transpose(1, 2)
         k = self.keys(x).unflatten(-1, (2, 2)).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, k, is_causal=True, dropout_p=0.1, scale=0.8, enable_gqa=True)
+
+
+class Checkpointed(nn.Module):
+    """Attention that runs again in the backward, or, `plainly`, does not."""
+
+    def __init__(self, plainly: bool = False) -> None:
+        super().__init__()
+        self.plainly = plainly
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if self.plainly else checkpoint(self.layer, x, use_reentrant=False)
 
 
 class Embedded(nn.Module):
@@ -373,6 +386,16 @@ KINDS: dict[str, Build] = {
 def test_modules(kind: str) -> None:
     assert_exact(KINDS[kind])
     assert_as_plain_torch(KINDS[kind])
+
+
+def test_attention_under_a_checkpoint() -> None:
+    """Recomputed in a backward outside the context. (Plain torch would recompute with the weights of the module.)"""
+    assert_exact(Checkpointed)
+    torch.manual_seed(0)
+    expected = loop(functools.partial(Checkpointed, plainly=True))
+    torch.manual_seed(0)
+    for ours, theirs in zip(loop(Checkpointed), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 class Named(nn.Module):
