@@ -188,8 +188,8 @@ def innerloop_ctx(
         With `checkpoints=s` and `steps=T` the fewest first-order runs that s slots allow, for example 3.6 T at T=1000,
         s=10 and 2.5 T at s=30 (`lowmem_higher.schedule.optimal_runs`); without `steps` at most 1.14 times as many.
         With `truncate=K` T first-order runs of your loop, K + c at most of the backward, and K second-order runs. With
-        `first_order=True` at most 3 T first-order runs and no other. With `journal=True` T, those of your loop.
-        (`replay="native"`.)
+        `first_order=True` what would be second-order runs are first-order ones. With `journal=True` there are no other
+        first-order runs than your loop's. (`replay="native"`.)
 
     Example:
         >>> import torch, lowmem_higher as higher

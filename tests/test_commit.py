@@ -118,6 +118,19 @@ def test_torch_goes_on_as_if_it_had_trained(
     assert_same_state(ours, theirs)
 
 
+OTHERS = ["Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_state_of_every_optimizer_goes_on(name: str, warm: int) -> None:
+    def opt(net: nn.Module) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = getattr(torch.optim, name)(net.parameters(), lr=0.02)
+        return made
+
+    test_torch_goes_on_as_if_it_had_trained(opt, Normed, warm, {"checkpoint_every": 2})
+
+
 def test_what_is_written_shares_nothing_with_the_loop() -> None:
     net, opt = pair_of(Normed, sgd)
     with lowmem_higher.innerloop_ctx(net, opt, copy_initial_weights=False, checkpoint_every=2) as (fnet, diffopt):

@@ -150,7 +150,10 @@ def test_readme_example_runs_and_tells_wrong_examples_from_right_ones():
     assert namespace["diffopt"].report.second_order_runs == 400
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "lowmem_higher/README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "CONTRIBUTING.md", "lowmem_higher/README.md", "lowmem_higher/MIGRATION.md", "benchmarks/README.md"],
+)
 def test_links_and_files_of_commands_exist(name):
     page = ROOT / name
     text = page.read_text(encoding="utf-8")

@@ -250,6 +250,29 @@ def state_read_after_the_loop(run: Run) -> Tensor:
     return torch.stack([buffer.sin().sum() for buffer in momentum]).sum() + found["1.running_mean"].sum() * 0
 
 
+class Signed(torch.optim.SGD):
+    pass
+
+
+def update_rule_of_ones_own(run: Run) -> Tensor:
+    """A subclass with `_update`, which writes the new tensors into `param_groups`, as `higher` wants it."""
+
+    class DifferentiableSigned(run.library.optim.DifferentiableOptimizer):  # type: ignore[name-defined]
+        def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+            for group, grads in zip(self.param_groups, grouped_grads, strict=True):
+                for index, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+                    if grad is not None:
+                        group["params"][index] = param - group["lr"] * (3 * grad).tanh()
+
+    net, x, y = problem(run)
+    run.library.register_optim(Signed, DifferentiableSigned)
+    opt = Signed(net.parameters(), lr=1.0)
+    with run.context(net, opt, {"lr": [run.leaf("lr", 0.05)]}) as (fnet, diffopt):
+        for t in range(run.steps):
+            diffopt.step(squared(fnet, x, y, t))
+        return fnet(x).tanh().sum()
+
+
 def step_replaced_from_outside(run: Run) -> Tensor:
     """Other libraries wrap `DifferentiableOptimizer.step`."""
     net, x, y = problem(run)
@@ -398,6 +421,7 @@ WILD = [
     Wild(9, loops.edited_hyperparameters),
     Wild(9, rates_of_a_scheduler),
     Wild(10, state_read_after_the_loop),
+    Wild(11, update_rule_of_ones_own),
     Wild(11, step_replaced_from_outside),
     Wild(12, submodules_methods_and_slices, higher=False),
     Wild(13, modes_and_flags_in_the_loop),
