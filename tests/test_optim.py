@@ -553,12 +553,18 @@ def test_parameters_that_share_a_rate_for_each_element_are_not_joined() -> None:
 
 
 @pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "tensors"])
-@pytest.mark.parametrize("rule", [rule for rule in RULES if registry._rules[rule.opt].elementwise], ids=label)
-def test_joined_parameters_get_the_same_numbers(rule: Rule, numbers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rule", "option"),
+    [case for case in cases(lambda rule: rule.variants[-1:]) if registry._rules[case[0].opt].elementwise],
+    ids=label,
+)
+def test_joined_parameters_get_the_same_numbers(
+    rule: Rule, option: Option, numbers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run() -> list[Tensor]:
         if not numbers:
-            return list(all_gradients(rule, rule.variants[-1], warm=True, checkpoint_every=2).values())
-        outer, net = differentiated(rule, rule.variants[-1], {}, warm=True, checkpoint_every=2)
+            return list(all_gradients(rule, option, warm=True, checkpoint_every=2).values())
+        outer, net = differentiated(rule, option, {}, warm=True, checkpoint_every=2)
         return [outer.detach(), *torch.autograd.grad(outer, trainable(net))]
 
     joined = run()
