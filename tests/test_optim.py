@@ -327,6 +327,23 @@ def test_flags_that_choose_a_kernel_change_nothing(rule: Rule) -> None:
                 assert_equal_to(opt, theirs, fnet, diffopt)
 
 
+@pytest.mark.parametrize(("rule", "option"), cases(lambda rule: rule.variants[:1]), ids=label)
+def test_torch_goes_on_from_a_committed_state(rule: Rule, option: Option) -> None:
+    """Three steps of ours and three of torch's are six of torch's, with state of every kind handed over."""
+    net, other = Net(), Net()
+    opt, reference = rule.build(net, **option), rule.build(other, **option)
+    for _ in torch_steps(reference, other, range(6)):
+        pass
+    with lowmem_higher.innerloop_ctx(net, opt, checkpoint_every=2) as (fnet, diffopt):
+        for step in range(3):
+            diffopt.step(inner_loss(fnet, step))
+    diffopt.commit(net, opt)
+    for _ in torch_steps(opt, net, range(3, 6)):
+        pass
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
 # -------------------------------------------------------------------------------------------------------- derivatives
 
 
