@@ -145,6 +145,21 @@ def test_three_ways_to_write_a_rule_give_the_same() -> None:
             torch.testing.assert_close(other[name], gradient, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize(("elementwise", "calls"), [(True, 1), (False, 5)])
+def test_small_parameters_are_joined_for_an_elementwise_function(elementwise: bool, calls: int) -> None:
+    seen = []
+
+    def rule(param: Tensor, grad: Tensor, state: Any, group: Any) -> tuple[Tensor, dict[str, Any]]:
+        seen.append(param.shape)
+        return param - group["lr"] * grad, state
+
+    lowmem_higher.register_optim(Heavy, rule, elementwise=elementwise)
+    net = Net()
+    with lowmem_higher.innerloop_ctx(net, Heavy(net.parameters())) as (fnet, diffopt):
+        diffopt.step(inner_loss(fnet, 0))
+    assert len(seen) == calls
+
+
 def test_an_update_written_for_higher_gives_what_it_gives_there() -> None:
     """The same function in a subclass of `higher`'s class, and in one of ours."""
     theirs = type("Theirs", (higher.optim.DifferentiableOptimizer,), {"_update": heavy_update})
@@ -265,6 +280,21 @@ def test_plain_values_that_an_update_leaves_behind_are_those_of_their_step() -> 
     assert seen[0][1] == pytest.approx(0.2 * 0.9**7)
 
 
+class CountingUpdate(DifferentiableOptimizer):
+    """Counts the calls of its rule on itself."""
+
+    count = 0
+
+    def update(self, param: Tensor, grad: Tensor, state: Any, group: Any) -> tuple[Tensor, dict[str, Any]]:
+        self.count += 1
+        return param - 0.2 / (1 + self.count / 10) * grad, {}
+
+
+def test_a_count_that_a_rule_keeps_on_its_optimizer_is_that_of_its_step() -> None:
+    lowmem_higher.register_optim(Heavy, CountingUpdate)
+    assert_matches_unrolled(loop_over(lambda net: Heavy(net.parameters()), {}, steps=5), checkpoint_every=(1, 3))
+
+
 # ---------------------------------------------------------------------------------- tensors that a rule reads by itself
 
 
@@ -308,7 +338,7 @@ def test_a_learned_optimizer_gets_its_gradient(kind: str) -> None:
 
     lowmem_higher.register_optim(Heavy, {"function": rule, "update": Update, "_update": InPlace}[kind])
     loop = loop_over(lambda net: Heavy(net.parameters()), dict(learned.named_parameters()), steps=5)
-    assert_matches_unrolled(loop, checkpoint_every=(3,))
+    assert_matches_unrolled(loop, checkpoint_every=(3,), journal=(False, True))
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -330,7 +360,7 @@ def test_noise_in_a_rule_is_that_of_its_step(kind: str) -> None:
                         group["params"][i] = rule(group["params"][i], grad, {}, group)[0]
 
     lowmem_higher.register_optim(Heavy, {"function": rule, "update": Update, "_update": InPlace}[kind])
-    assert_matches_unrolled(heavy_loop(), checkpoint_every=(3,))
+    assert_matches_unrolled(heavy_loop(), checkpoint_every=(3,), journal=(False, True))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
