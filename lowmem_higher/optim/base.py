@@ -408,7 +408,7 @@ class DifferentiableOptimizer:
         with torch.set_grad_enabled(track):
             new_params, new_state = self.advance(params, grads, self.state, self.param_groups)
         held = self.held
-        # Whether the new weights may be made from one that stays as it is; see NOTE [ The inner gradient is ... ].
+        # Whether new weights may be made from one that stays: NOTE [ The inner gradient is the partial derivative ].
         tied = callback is not None or self.updates_in_place
         tied = tied or any(param.requires_grad and index not in held for index, param in enumerate(params))
         if track and (tied or last.count is not None):
