@@ -70,7 +70,6 @@ class FunctionalView:
         self.slots = ParameterSlots(root)
         self.token = object()
         self.originals: list[Tensor] | None = None  # the model's own parameters, until the first call was watched
-        self.reads = 0  # how often the current weights were asked for
         self.track = track
         self.caller: ModuleCaller | None = None
         self.last = LastSteps()
@@ -121,7 +120,6 @@ class FunctionalView:
         self.need_weights()
         self.start.asked |= time is not None or len(self.history) == 1
         if time is None:
-            self.reads += 1
             return replayed.weights.get(self.token, self.current)
         self.refuse_inside(f"The weights of time={time} were asked for", "Ask for them")
         if not self.track:

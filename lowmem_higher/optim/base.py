@@ -404,17 +404,14 @@ class DifferentiableOptimizer:
         with last.inner_gradient():
             grads = self.gradients(loss, params, create_graph=track)
         if callback is not None:
-            reads = 0 if view is None else view.reads
             grads = called_back(callback, grads)
-            if view is not None and view.reads != reads:
-                # The callback read the weights, and may tie the others to one that stays as it is. As the same tensor
-                # that one would be their ancestor, and its next inner gradient the total derivative, not the partial.
-                params = [param.view_as(param) if param.requires_grad else param for param in params]
         with torch.set_grad_enabled(track):
             new_params, new_state = self.advance(params, grads, self.state, self.param_groups)
         held = self.held
-        in_part = any(param.requires_grad and index not in held for index, param in enumerate(params))
-        if track and (in_part or last.count is not None):
+        # Whether new weights may be made from one that stays: NOTE [ The inner gradient is the partial derivative ].
+        tied = callback is not None or self.updates_in_place
+        tied = tied or any(param.requires_grad and index not in held for index, param in enumerate(params))
+        if track and (tied or last.count is not None):
             new_params, new_state = _reached(last, params, new_params, self.state, new_state)
         self.state = new_state
         # Parts of a joined update share its storage; the user gets tensors of their own, which may be edited in place.
