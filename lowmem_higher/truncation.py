@@ -12,9 +12,10 @@ the full unroll the results of a step pass through a `Reach`, whose backward end
 NOTE [ The inner gradient is the partial derivative ]
 
 Where an optimizer holds a part of the weights, its step makes them from others that stay as they are, and that another
-optimizer, or a later step, may differentiate by. A callback can do the same to a weight that a step did not use. They are then ancestors of the weights beside them, and autograd
-would give the total derivative, through the steps in between; torch's optimizers take the partial one. So while an
-inner gradient is taken, what steps have made passes no gradient on. (`higher` takes the total derivative here.)
+optimizer, or a later step, may differentiate by. A callback can do the same to a weight that a step did not use. Such
+weights are then ancestors of the weights beside them, and autograd would give the total derivative, through the steps
+in between; torch's optimizers take the partial one. So while an inner gradient is taken, what steps have made passes no
+gradient on. (`higher` takes the total derivative here.)
 
 Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories, Neural
 Computation 2(4), 1990; Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019.
