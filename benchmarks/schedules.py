@@ -1,6 +1,6 @@
 """How many runs of a step does a schedule cost, against the optimum and against other rules with as many slots?
 
-    python benchmarks/schedules.py            # the tables of benchmarks/README.md; about 4 minutes
+    python benchmarks/schedules.py            # the tables of benchmarks/README.md; about 10 minutes
     python benchmarks/schedules.py --quick    # a smoke test; writes nothing
 
 Integers only: nothing is trained. Counted are first-order runs of a step, the loop's own included, per inner step
