@@ -240,6 +240,9 @@ class Recorder(TorchFunctionMode):
 
     def new_node(self, call: Any, structure: Structure, leaves: list[Any], inside: Inside | None = None) -> Node:
         """A node for a call that is about to run, linked to the makers of its inputs."""
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and self._got_gradient_by_base(leaf):
+                self._see_as_view(leaf)
         node = Node(next(self._indices), call, structure, leaves, inside)
         self._read_inputs(node)
         return node
@@ -359,16 +362,35 @@ class Recorder(TorchFunctionMode):
     def _copy_before_write(self, leaves: list[Any]) -> None:
         """A write that gives a tensor from outside a gradient: let the replay start from a copy of what it was.
 
-        The tensor `out = torch.zeros(3)` of `out[i] = loss_i` is such a one.
+        The tensor `out = torch.zeros(3)` of `out[i] = loss_i` is such a one. Of a view all of its base is copied, since
+        the write reaches that as well.
         """
         target = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if target is None or target.requires_grad or not torch.is_grad_enabled() or self.link(target)[0] is not None:
             return
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
-            with torch.no_grad():
-                before = target.clone()
-            node = Node(next(self._indices), torch.clone, _ONE_TENSOR, [before])
-            self._made.set(target, Link(node, 0, version_of(target), True))
+            base = _base(target)
+            if self.link(base)[0] is None:
+                with torch.no_grad():
+                    before = base.clone()
+                node = Node(next(self._indices), torch.clone, _ONE_TENSOR, [before])
+                self._made.set(base, Link(node, 0, version_of(base), True))
+            if base is not target:
+                self._see_as_view(target)
+
+    def _got_gradient_by_base(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a view, not followed so far, of one that was given a gradient by a write."""
+        if tensor._base is None or not tensor.requires_grad:
+            return False
+        return self._made.get(tensor) is None and self._written.get(tensor._base) is not None
+
+    def _see_as_view(self, view: Tensor) -> None:
+        """Let a view whose making was not followed be made from its base, which was."""
+        leaves: list[Any] = []
+        structure = flatten(((_base(view), view.size(), view.stride(), view.storage_offset()), {}), leaves)
+        self._made.set(
+            view, Link(self.new_node(torch.as_strided, structure, leaves), 0, version_of(view), view.is_leaf)
+        )
 
 
 def _without(statistics: list[Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:

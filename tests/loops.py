@@ -30,7 +30,7 @@ class Run:
     """
 
     def __init__(
-        self, steps: int, library: Any = lowmem_higher, values: Mapping[str, Tensor] | None = None, **settings: Any
+        self, steps: int, /, library: Any = lowmem_higher, values: Mapping[str, Tensor] | None = None, **settings: Any
     ) -> None:
         self.steps = steps
         self.library = library

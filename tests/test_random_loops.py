@@ -1,9 +1,8 @@
 """Random inner loops: whatever the user's loop does between two steps, the checkpointed gradient is the unroll's.
 
 A loop is drawn as a list of small operations on a pool of tensors, all of shape (4, 3), so that any operation can
-follow
-any other. What plain autograd refuses (an in-place write into something it saved) is drawn again. More examples, not
-the same ones each time: `RANDOM_LOOPS=2000 pytest tests/test_random_loops.py`.
+follow any other. What plain autograd refuses (an in-place write into something it saved) is drawn again. More
+examples, not the same ones each time: `RANDOM_LOOPS=2000 pytest tests/test_random_loops.py`.
 """
 
 from __future__ import annotations
@@ -409,6 +408,18 @@ class Spec:
     by_function: bool
     edges: bool
     copied: bool = False
+    schedule: str = "periodic"
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The keywords of `innerloop_ctx`."""
+        kept = {
+            "periodic": {"checkpoint_every": self.every},
+            "bounded": {"checkpoints": min(self.every, 3)},
+            "known": {"checkpoints": min(self.every, 3), "steps": self.steps},
+            "journal": {"checkpoints": min(self.every, 3), "journal": True},
+        }[self.schedule]
+        return {**kept, "replay": self.replay}
 
 
 OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
@@ -421,6 +432,11 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "adam": lambda params: torch.optim.Adam(params, lr=0.03, eps=0.01),
     "amsgrad": lambda params: torch.optim.Adam(params, lr=0.03, eps=0.01, amsgrad=True, weight_decay=0.05),
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.03, eps=0.01),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.02, eps=0.05, momentum=0.5),
+    "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.05, eps=0.05),
+    "adadelta": lambda params: torch.optim.Adadelta(params, lr=0.5, eps=0.01),
+    "nadam": lambda params: torch.optim.NAdam(params, lr=0.02, eps=0.05),
+    "asgd": lambda params: torch.optim.ASGD(params, lr=0.03, weight_decay=0.05),
 }
 
 
@@ -510,6 +526,7 @@ specs = st.builds(
     by_function=st.booleans(),
     edges=st.booleans(),
     copied=st.booleans(),
+    schedule=st.sampled_from(["periodic", "periodic", "bounded", "known", "journal"]),
 )
 
 
@@ -532,7 +549,7 @@ def check(spec: Spec) -> None:
     assert scale > 0
     names = [OPERATIONS[code].__name__ for pattern in spec.patterns for code, _, _ in pattern]
     note(f"{names}")
-    found = gradients(spec, checkpoint_every=spec.every, replay=spec.replay)
+    found = gradients(spec, **spec.setting)
     assert found.keys() == expected.keys()
     for name, reference in expected.items():
         gradient = found[name]
@@ -545,7 +562,7 @@ PLAIN = NetSpec("none", 0.0, tied=False, recompute=False, shifted=False, statefu
 
 
 @settings(
-    max_examples=EXAMPLES or 60,
+    max_examples=EXAMPLES or 500,
     derandomize=not EXAMPLES,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

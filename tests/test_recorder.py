@@ -805,3 +805,56 @@ def test_versions() -> None:
 
 def test_the_recorder_is_one_per_thread() -> None:
     assert recorder() is recorder()
+
+
+# ------------------------------------------------------------------------------- views of tensors without a gradient
+
+
+def write_into_a_view(x: Tensor, base: Tensor) -> Tensor:
+    base[:2][0] = x[0]
+    return base
+
+
+def write_into_a_view_of_what_was_changed(x: Tensor, base: Tensor) -> Tensor:
+    top = base[:2]
+    base.mul_(0.5)
+    top[0] = x[0]
+    return base + top.sum()
+
+
+def read_an_older_view_after_the_write(x: Tensor, base: Tensor) -> Tensor:
+    top, left = base[:2], base[:, :2]
+    top[0] = x[0]
+    return base + left.sum()
+
+
+def write_through_two_views_in_turn(x: Tensor, base: Tensor) -> Tensor:
+    rows, columns = base.view(-1).view(base.shape), base.t()
+    columns[0] = x[:, 0]
+    rows[1].add_(x[1])
+    return base * 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        write_into_a_view,
+        write_into_a_view_of_what_was_changed,
+        read_an_older_view_after_the_write,
+        write_through_two_views_in_turn,
+    ],
+)
+def test_a_view_that_is_given_a_gradient_is_followed_to_its_base(make: Callable[[Tensor, Tensor], Tensor]) -> None:
+    start = torch.cos(torch.arange(12.0)).reshape(4, 3)
+
+    def loop(**settings: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Linear(3, 3)
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        with higher.innerloop_ctx(net, opt, copy_initial_weights=False, **settings) as (fnet, diffopt):
+            for _ in range(5):
+                diffopt.step(make(fnet(start), start * 1.0).square().mean())
+            outer = fnet(start).square().sum()
+            return list(torch.autograd.grad(outer, list(net.parameters())))
+
+    assert_matches_unrolled(loop, checkpoint_every=(1, 3))
