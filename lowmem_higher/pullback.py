@@ -78,12 +78,7 @@ class StepNode(torch.autograd.Function):
             # A weight that no step has used yet is an output of an early node, and an input of all later ones. To get
             # to it the engine runs those as well; but the inner gradient is the partial derivative, which ends here.
             return tuple([None] * (3 + ctx.inputs))
-        if torch.is_grad_enabled():
-            raise HigherOrderError(
-                "A backward with create_graph=True went through a checkpointed context, whose gradient is exact but "
-                "cannot itself be differentiated. Use innerloop_ctx(..., checkpoint_every=None), which supports any "
-                "order of derivative."
-            )
+        refuse_higher_order()
         record = ctx.record
         if record is None:
             raise freed_error()
@@ -92,6 +87,16 @@ class StepNode(torch.autograd.Function):
             ctx.record = None
             ctx.carries.spent(record)
         return (None, None, None, *grads)
+
+
+def refuse_higher_order() -> None:
+    """An outer gradient cannot be differentiated again."""
+    if torch.is_grad_enabled():
+        raise HigherOrderError(
+            "A backward with create_graph=True went through a checkpointed context, whose gradient is exact but "
+            "cannot itself be differentiated. Use innerloop_ctx(..., checkpoint_every=None), which supports any "
+            "order of derivative."
+        )
 
 
 def freed_error() -> HistoryFreedError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -202,14 +202,7 @@ class StepRecord:
 
     def stand_ins(self) -> list[Tensor]:
         """The externals, cut off from the user's graph where they have one, to collect their gradients apart."""
-        for tensor, version in zip(self.externals, self.versions, strict=True):
-            if version_of(tensor) != version:
-                raise modified_error(tensor, version, f"after step {self.time}")
-        taken = set(self.layout.externals_in)  # as it was at the step: flags may have changed since
-        return [
-            tensor.detach().requires_grad_() if index in taken else tensor.detach()
-            for index, tensor in enumerate(self.externals)
-        ]
+        return stand_ins_for(self.externals, self.versions, self.layout.externals_in, f"after step {self.time}")
 
     def run(
         self,
@@ -288,6 +281,20 @@ class StepRecord:
         return groups
 
 
+def stand_ins_for(
+    externals: Sequence[Tensor], versions: Sequence[int], taken: Sequence[int], when: str
+) -> list[Tensor]:
+    """The same tensors cut off from the user's graph; those `taken` require grad, as they did when they were read."""
+    for tensor, version in zip(externals, versions, strict=True):
+        if version_of(tensor) != version:
+            raise modified_error(tensor, version, when)
+    with_gradient = set(taken)
+    return [
+        tensor.detach().requires_grad_() if index in with_gradient else tensor.detach()
+        for index, tensor in enumerate(externals)
+    ]
+
+
 def advance_carry(record: StepRecord, carry: Carry) -> Carry:
     """The next carry, by a first-order run, or by the update alone where the step has a journal."""
     weights = [
@@ -345,7 +352,15 @@ _DRIFT = {torch.float64: 1e-10, torch.float32: 2e-5}  # over one segment, of whi
 _COARSE_TOLERANCE = 3e-2  # half precision and autocast
 
 
-def check_loss_value(record: StepRecord, loss: Tensor) -> None:
+class Compared(Protocol):
+    """What a replay's loss is compared with: the record of a step, or of a term of the outer loss."""
+
+    time: int
+    program: StepProgram
+    loss: float | None
+
+
+def check_loss_value(record: Compared, loss: Tensor) -> None:
     """Rule R10, at every replay: the loss is the one that the user's loop had."""
     found, expected = loss.detach().item(), record.loss
     assert expected is not None
@@ -353,7 +368,7 @@ def check_loss_value(record: StepRecord, loss: Tensor) -> None:
         raise mismatch_error(record, f"the loss was {expected:.9g} in your loop and is {found:.9g} now")
 
 
-def tolerance_of(record: StepRecord, tensors: Sequence[Tensor]) -> float:
+def tolerance_of(record: Compared, tensors: Sequence[Tensor]) -> float:
     """How far a replay may differ by rounding, relative."""
     if any(instruction.ambient.autocast_enabled for instruction in record.program.instructions):
         return _COARSE_TOLERANCE
@@ -385,7 +400,7 @@ def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> Non
     raise mismatch_error(record, difference)
 
 
-def mismatch_error(record: StepRecord, difference: str) -> ReplayMismatchError:
+def mismatch_error(record: Compared, difference: str) -> ReplayMismatchError:
     """Rule R10."""
     return ReplayMismatchError(
         f"The replay of step {record.time} differs from what your code computed: {difference}. Likely causes: forward, "

@@ -27,6 +27,7 @@ from lowmem_higher.optim.base import (
     called_back,
     check_loss,
 )
+from lowmem_higher.outer_term import TermNode, TermRecord
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, check_dependence, cut
 from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, inputs_of, outputs_of
@@ -269,6 +270,63 @@ class Trajectory:
         self._window_buffers = buffers
         self.ledger.steps += 1
         self.ledger.count_first_order()
+
+    # Terms of the outer loss
+
+    def outer(self, optimizer: DifferentiableOptimizer, loss: Tensor) -> Tensor:
+        """The same value and gradient as `loss`, without its graph."""
+        if not self._open or self._recorder.inside:
+            raise RecordError(
+                "outer(loss) was called where nothing is recorded: after the context was left, or inside forward or a "
+                "function that the engine calls. Call it in the loop, or use the loss itself."
+            )
+        fmodel: FunctionalModule = optimizer._fmodel
+        with self._recorder.watching(None), torch._C.DisableTorchFunction():
+            value = check_loss(loss)
+            fmodel._view.take_assigned()
+            weights, state = fmodel._view.current, optimizer.state
+            before = self._tail if self._check_weights(weights, state) else None
+            buffers, externals = self._live.current_buffers(fmodel), Externals()
+            piece = cut(self._recorder, loss, None, self._window, weights, self._window_buffers, buffers, externals)
+            made_inside = functools.partial(self._recorder.made_in, self._window)
+            check_dependence(loss, weights, externals.tensors, self._since, made_inside, self._is_step)
+            carry = None
+            if before is None:
+                carry = self._carries.keep(self._carry(weights, state, self._window_buffers), checkpoint=True)
+            term = TermRecord(
+                time=self.ledger.steps,
+                program=self._programs.setdefault(piece.program, piece.program),
+                ambient=Ambient.capture(),
+                before=before,
+                carry=carry,
+                trainable=tuple([weight.requires_grad for weight in weights]),
+                externals=externals.tensors,
+                versions=tuple(externals.versions),
+                externals_in=tuple([i for i, tensor in enumerate(externals.tensors) if tensor.requires_grad]),
+                numbers=piece.numbers,
+                rng=piece.rng,
+                states=piece.states,
+                targets=piece.targets,
+                loss=None if self._verify == "off" else value,
+            )
+            inputs = [weights[index] for index in term.weights_in]
+            inputs += [externals.tensors[index] for index in term.externals_in]
+            with torch.enable_grad():
+                found: Tensor = TermNode.apply(self, term, loss.detach().clone(), *inputs)  # type: ignore[no-untyped-call]
+        return found
+
+    def pull_back_term(self, term: TermRecord, cotangent: Tensor) -> list[Tensor | None]:
+        """The gradients of a term's inputs, from the cotangent of its value."""
+        started = time.perf_counter()
+        with self._recorder.watching(None), torch.enable_grad():
+            if term.carry is not None:
+                term.carry.check_unmodified(term.time)
+            carry = term.carry if term.before is None else self._carries.after(term.before)
+            assert carry is not None
+            self.ledger.count_first_order()
+            grads = term.gradients(carry, cotangent)
+        self.ledger.backward_seconds += time.perf_counter() - started
+        return grads
 
     def _start_window(self) -> None:
         self._window = self._recorder.start_window(self)

@@ -52,6 +52,9 @@ class Executor(Protocol):
     ) -> None:
         """Take one step from `loss`, or from the function `loss` called with `args` and `kwargs`."""
 
+    def outer(self, optimizer: DifferentiableOptimizer, loss: Tensor) -> Tensor:
+        """The same value and gradient as `loss`, without its graph."""
+
 
 class Run(Protocol):
     """What knows the cost of a run, and the program of its last step."""
@@ -368,6 +371,45 @@ class DifferentiableOptimizer:
                 group.update(new)
             self.param_groups = groups
         return list(new_weights or () if self._fmodel is None else self._fmodel._view.current)
+
+    def outer(self, loss: Tensor) -> Tensor:
+        """A term of the outer loss, taken on the way: the same value and gradient, and no graph is held for it.
+
+        A loss at every step (a multi-step loss, a learning curve) keeps its own activations, so memory grows with the
+        steps again. Handed in here, a term is recorded like the loss of a step and run once more in the backward.
+
+        Args:
+            loss: A scalar tensor made from the current fast weights, in the loop.
+
+        Returns:
+            A scalar to add up, to weigh, to call `.backward()` on. In the full unroll `loss` itself.
+
+        Raises:
+            TypeError, ValueError: It is no scalar tensor, not finite, or has no graph.
+            RecordError: The recorder could not follow how `loss` was made, or the context was left.
+
+        Memory:
+            References to what the term reads, until the backward; there, one first-order graph. Cost in passes: two
+            first-order runs at most, with `checkpoint_every`.
+
+        Example:
+            >>> import torch, lowmem_higher as higher
+            >>> net, x = torch.nn.Linear(2, 1), torch.ones(3, 2)
+            >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
+            >>> with higher.innerloop_ctx(net, opt, copy_initial_weights=False, checkpoint_every=5) as (fnet, diffopt):
+            ...     total = 0.0
+            ...     for _ in range(20):
+            ...         _ = diffopt.step(fnet(x).square().mean())
+            ...         total = total + diffopt.outer((fnet(x) - 1).square().mean())
+            ...     total.backward()
+            >>> net.weight.grad.shape
+            torch.Size([1, 2])
+
+        References:
+            Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019 (multi-step loss).
+        """
+        check_loss(loss)
+        return loss if self._executor is None else self._executor.outer(self, loss)
 
     def _weights(self, params: Iterable[Tensor] | None) -> list[Tensor] | None:
         """The tensors to update if they are others than the current fast weights."""
