@@ -13,6 +13,7 @@ from lowmem_higher.errors import (
     NothingTrainedWarning,
     RecordError,
     ReplayMismatchError,
+    StoreError,
 )
 from lowmem_higher.innerloop import innerloop_ctx
 from lowmem_higher.optim import create_diff_optim, get_diff_optim, register_optim
@@ -31,6 +32,7 @@ __all__ = [
     "RecordError",
     "ReplayMismatchError",
     "Report",
+    "StoreError",
     "clip_grad_norm",
     "clip_grad_value",
     "create_diff_optim",

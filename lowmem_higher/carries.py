@@ -4,10 +4,18 @@ A `Segment` is a run of steps and the carries of it that are kept. With a period
 one. With a bounded schedule kept carries are dropped again, and a segment ends only where weights were set by hand.
 Who needs what holds it: the graph's nodes hold the records of their steps; a record holds its segment and the record
 before it in the segment. So everything is freed by reference counting, as soon as no gradient can need it.
+
+NOTE [ Hot and cold ]
+
+With `store="host"` or a directory, of all carries that a schedule holds for later one is on the device: the hot one,
+which was kept or asked for last. It is put into the store when another becomes the hot one, so the newest carry, which
+the backward needs first, is not moved at all. Carries that are replayed to be used at once stay on the device. One that
+was modified in place while it was hot stays there as well, and raises when it is asked for (rule R4).
 """
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +24,36 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_higher.ledger import Ledger
+from lowmem_higher.packing import Constants
 from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import Carry, StepRecord, advance_carry
+from lowmem_higher.store import Store, Stored, make_store
+
+
+@dataclass(eq=False)
+class Held:
+    """The carry that step `time` starts from, on the device or in a store."""
+
+    time: int
+    carry: Carry | None
+    may_cool: bool = True
+    stored: Stored | None = None
+
+    def get(self) -> Carry:
+        """The carry, on the device from now on."""
+        if self.carry is None:
+            assert self.stored is not None
+            self.carry = self.stored.get()
+        self.carry.check_unmodified(self.time)
+        return self.carry
+
+    def cool(self, store: Store, constants: Constants) -> None:
+        """Leave it to the store alone."""
+        if self.stored is None and self.carry is not None:
+            if self.carry.modified is not None:
+                return
+            self.stored = store.put(self.carry, self.time, constants)
+        self.carry = None
 
 
 @dataclass(eq=False)
@@ -27,10 +63,19 @@ class Segment:
     `marks` has a few numbers of carries that the loop went on with, which replays have to arrive at (rule R10).
     """
 
-    kept: dict[int, Carry]
+    kept: dict[int, Held]
     marks: dict[int, Tensor] = field(default_factory=dict)
-    replayed: dict[int, Carry] = field(default_factory=dict)
+    replayed: dict[int, Held] = field(default_factory=dict)
     graphs: dict[int, Any] = field(default_factory=dict)  # of steps, by replay="torch"
+    earlier: weakref.ref[Segment] | None = None
+
+    def held_before(self, time: int) -> Held | None:
+        """The newest carry that is held of an earlier time, in this segment or in the one before it."""
+        inside = [held for held in (*self.kept.values(), *self.replayed.values()) if held.time < time]
+        if inside:
+            return max(inside, key=lambda held: held.time)
+        earlier = None if self.earlier is None else self.earlier()
+        return None if earlier is None or not earlier.kept else earlier.kept[max(earlier.kept)]
 
 
 class Carries:
@@ -39,22 +84,31 @@ class Carries:
     Args:
         schedule: Which carries are held.
         ledger: Counts carries and runs.
+        store: "device", "host" or a directory.
     """
 
-    def __init__(self, schedule: Schedule, ledger: Ledger) -> None:
+    def __init__(self, schedule: Schedule, ledger: Ledger, store: str | os.PathLike[str]) -> None:
         self._schedule = schedule
         self._ledger = ledger
+        self._store = make_store(store, ledger)
+        self._constants = Constants()
+        self._hot: weakref.ref[Held] | None = None
+        self._newest: weakref.ref[Segment] | None = None
         self._worked_on: weakref.ref[Segment] | None = None  # the only one that holds replayed carries
 
     # While the loop runs
 
     def segment_of(self, time: int, before: StepRecord | None, carry: Callable[[], Carry]) -> Segment:
         """The segment of the step about to be taken: that of the step before it, or a new one that `carry` begins."""
+        if self._store is not None:
+            self._store.let_go()
         if before is not None:
             segment: Segment = before.segment
             if self._schedule.bounded or not self._schedule.offered(time, list(segment.kept))[0]:
                 return segment
-        return Segment({time: self.keep(carry(), checkpoint=True)})
+        segment = Segment({time: self._kept(time, carry())}, earlier=self._newest)
+        self._newest = weakref.ref(segment)
+        return segment
 
     def taken(self, record: StepRecord, carry: Callable[[], Carry]) -> bool:
         """A step was taken from `carry`: hold that for as long as the schedule says. Returns whether it is kept."""
@@ -66,12 +120,37 @@ class Carries:
             if dropped is not None:
                 del segment.kept[dropped]
                 segment.marks.pop(dropped, None)
-            (segment.kept if keep else segment.replayed)[time] = self.keep(carry(), checkpoint=keep)
+            if keep:
+                segment.kept[time] = self._kept(time, carry())
+            else:
+                segment.replayed[time] = Held(time, self.keep(carry()), may_cool=False)
         return time in segment.kept
 
-    def keep(self, carry: Carry, *, checkpoint: bool = False) -> Carry:
-        """Count a carry for as long as it is held."""
-        return self._ledger.keep(carry, checkpoint=checkpoint)
+    def keep(self, carry: Carry) -> Carry:
+        """Count a carry for as long as it is on the device."""
+        return self._ledger.keep(carry)
+
+    def close(self) -> None:
+        """The context is left. What is held stays."""
+        if self._store is not None:
+            self._store.close()
+
+    def _kept(self, time: int, carry: Carry) -> Held:
+        if self._store is not None:
+            self._constants.narrow(carry)
+        held = Held(time, self.keep(carry))
+        self._make_hot(held)
+        self._ledger.count_checkpoint(held)
+        return held
+
+    def _make_hot(self, held: Held) -> None:
+        """See NOTE [ Hot and cold ]."""
+        if self._store is None or not held.may_cool:
+            return
+        hot = None if self._hot is None else self._hot()
+        if hot is not None and hot is not held:
+            hot.cool(self._store, self._constants)
+        self._hot = weakref.ref(held)
 
     # Going back
 
@@ -86,19 +165,20 @@ class Carries:
             current = current.previous
             missing.append(current)
         if current.time in segment.kept:
-            segment.kept[current.time].check_unmodified(current.time)
             segment.replayed.clear()  # of another stretch
-            carry = segment.kept[current.time]
+            carry = self._read(segment, segment.kept[current.time])
         else:
-            carry = segment.replayed[current.time]
+            carry = self._read(segment, segment.replayed[current.time])
         if not missing:
             return carry
-        held = len(segment.kept) + len(segment.replayed)
-        stops = {*self._schedule.on_the_way(current.time, record.time, held), record.time}
+        count = len(segment.kept) + len(segment.replayed)
+        stops = {*self._schedule.on_the_way(current.time, record.time, count), record.time}
         for step in reversed(missing):
-            carry = self._advance(step, carry)
-            if step.time + 1 in stops:
-                segment.replayed[step.time + 1] = carry
+            carry, time = self._advance(step, carry), step.time + 1
+            if time in stops:
+                held = Held(time, carry, may_cool=self._schedule.bounded and time != record.time)
+                self._make_hot(held)
+                segment.replayed[time] = held
         return carry
 
     def after(self, record: StepRecord) -> Carry:
@@ -106,20 +186,18 @@ class Carries:
         segment: Segment = record.segment
         self._work_on(segment)
         time = record.time + 1
-        if time in segment.kept:
-            return segment.kept[time]
-        if time not in segment.replayed:
-            segment.replayed[time] = self._advance(record, self.before(record))
-        return segment.replayed[time]
+        if time not in segment.kept and time not in segment.replayed:
+            segment.replayed[time] = Held(time, self._advance(record, self.before(record)), may_cool=False)
+        return self._read(segment, segment.kept[time] if time in segment.kept else segment.replayed[time])
 
     def begin_backward(self, newest: StepRecord) -> None:
         """The number of steps is known: give up what was held in case there came more."""
         segment: Segment = newest.segment
         surplus = self._schedule.surplus(newest.time + 1, list(segment.kept))
         if surplus is not None:
-            carry = segment.kept.pop(surplus)
+            held = segment.kept.pop(surplus)
             if surplus == newest.time:
-                segment.replayed[surplus] = carry
+                segment.replayed[surplus] = held
 
     def passed(self, record: StepRecord) -> None:
         """A step was pulled back: its carry is not needed for the steps before it."""
@@ -143,6 +221,18 @@ class Carries:
             before.replayed.clear()
             before.graphs.clear()
         self._worked_on = weakref.ref(segment)
+
+    def _read(self, segment: Segment, held: Held) -> Carry:
+        """A carry that is held. The one that will be asked for next starts on its way to the device."""
+        if self._store is not None:
+            self._store.let_go()
+        self._make_hot(held)
+        carry = held.get()
+        if self._store is not None and held.may_cool:
+            following = segment.held_before(held.time)
+            if following is not None and following.carry is None and following.stored is not None:
+                self._store.prefetch(following.stored)
+        return carry
 
     def _advance(self, record: StepRecord, carry: Carry) -> Carry:
         if record.journal is None:

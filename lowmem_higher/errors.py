@@ -42,3 +42,10 @@ class NothingTrainedWarning(UserWarning):
 
 class HistoryFreedError(LowmemError):
     """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""
+
+
+class StoreError(LowmemError):
+    """A carry could not be put into its store, or did not come back with the bits that it had.
+
+    Its cause, an `OSError` as a rule, is in `__cause__`.
+    """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class Settings:
     truncate: int | None = None
     first_order: bool = False
     journal: bool = False
+    store: str | os.PathLike[str] = "device"
 
     def __post_init__(self) -> None:
         _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
@@ -69,6 +72,7 @@ class Settings:
                 "journal=True keeps inner gradients to recompute carries from, and the full unroll recomputes none. "
                 "Say which carries to keep: innerloop_ctx(..., checkpoints=10, journal=True)."
             )
+        _check_store(self.store, kept=self.schedule is not None)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 allowed = " or ".join(repr(choice) for choice in choices)
@@ -82,6 +86,25 @@ class Settings:
         if self.checkpoints is None:
             return None
         return Bounded(self.checkpoints) if self.steps is None else Revolve(self.checkpoints, self.steps)
+
+
+def _check_store(store: object, *, kept: bool) -> None:
+    if not isinstance(store, (str, os.PathLike)) or not isinstance(os.fspath(store), str):
+        raise TypeError(
+            f"store={store!r} is a {type(store).__name__}; it must be 'device', 'host' or the path of a directory."
+        )
+    if store == "device":
+        return
+    if store != "host" and not (os.fspath(store) and Path(store).is_dir()):
+        raise ValueError(
+            f"store={os.fspath(store)!r} is neither 'device' nor 'host' nor a directory that exists. If it is to be a "
+            f"directory, make it: os.makedirs({os.fspath(store)!r})."
+        )
+    if not kept:
+        raise ValueError(
+            f"store={os.fspath(store)!r} says where kept carries live, and the full unroll keeps none. Say which "
+            "to keep: innerloop_ctx(..., checkpoint_every=10, store=...)."
+        )
 
 
 def _check_count(name: str, value: object, meaning: str) -> None:
@@ -134,6 +157,7 @@ def innerloop_ctx(
     truncate: int | None = None,
     first_order: bool = False,
     journal: bool = False,
+    store: str | os.PathLike[str] = "device",
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
 
@@ -167,12 +191,17 @@ def innerloop_ctx(
             twice: initial weights and hyperparameters get gradients, what only feeds an inner loss gets none.
         journal: True keeps the gradients of every step, as large as the weights, and recomputes carries by the update
             rule alone: no model is run for a replay, except for the second-order run of each step.
+        store: Where kept carries live: "device", where they are made; "host", in pinned memory, copied while the loop
+            goes on and back while the backward does (of CUDA devices; for a CPU it saves nothing); or an existing
+            directory, in files that go when no gradient can need them, at the latest when Python ends. Weights and
+            buffers that never change are not copied. The gradient is the same to the bit.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
 
     Raises:
         TypeError, ValueError: An argument cannot be used; the message says what can.
+        StoreError: At a step or in the backward: the disk is full, or a file did not come back as it was written.
 
     Memory:
         With c = `checkpoint_every`, T steps, |carry| the bytes of fast weights, optimizer state and buffers, and G
@@ -182,6 +211,8 @@ def innerloop_ctx(
         With `truncate=K` the first term is `(ceil(K/c) + 1 + c) |carry|`, for any T; the full unroll still holds the
         graphs of all steps. `journal=True` adds T times the bytes of the weights. With `first_order=True` G is the
         graph of a plain backward, or of the update if larger.
+        With `store="host"` or a directory the device has `(c + 2) |carry| + G`, or `5 |carry| + G` with `checkpoints`,
+        whatever s is, and a copy under way on CUDA; the rest, `ceil(T/c) |carry|` or `(s + 1) |carry|`, is stored.
 
     Passes:
         At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
@@ -209,7 +240,9 @@ def innerloop_ctx(
         Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019 (`truncate`).
         Finn et al., Model-agnostic meta-learning, ICML 2017, section 5.2 (`first_order`).
     """
-    settings = Settings(checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order, journal)
+    settings = Settings(
+        checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order, journal, store
+    )
     where = None if device is None else torch.device(device)
     fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
     diffopt = get_diff_optim(
@@ -261,6 +294,7 @@ class _Wiring:
             settings.verify,
             self._last,
             settings.journal,
+            settings.store,
         )
         optimizer.follow(trajectory, trajectory)
         if self._open:

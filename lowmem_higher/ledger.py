@@ -22,22 +22,39 @@ class Ledger:
         self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
         self.externals_bytes = 0
         self.update_runs = self.journal_bytes = 0
+        self.stored_bytes = self.stored_peak_bytes = 0
         self.forward_seconds = self.backward_seconds = 0.0
         self._storages: Counter[tuple[int, int]] = Counter()
 
-    def keep(self, carry: Carry, *, checkpoint: bool) -> Carry:
-        """Count a carry until it is freed."""
+    def keep(self, carry: Carry) -> Carry:
+        """Count a carry on the device until it is freed."""
         size = carry.nbytes
-        self._add(size, int(checkpoint))
+        self._add_carry(size)
         self.carry_bytes = max(self.carry_bytes, size)
-        weakref.finalize(carry, self._add, -size, -int(checkpoint)).atexit = False
+        weakref.finalize(carry, self._add_carry, -size).atexit = False
         return carry
 
-    def _add(self, size: int, checkpoints: int) -> None:
+    def _add_carry(self, size: int) -> None:
         self.carries_bytes += size
-        self.checkpoints += checkpoints
         self.carries_peak_bytes = max(self.carries_peak_bytes, self.carries_bytes)
+
+    def count_checkpoint(self, held: object) -> None:
+        """Count a kept carry, wherever it is, until what stands for it is freed."""
+        self._add_checkpoints(1)
+        weakref.finalize(held, self._add_checkpoints, -1).atexit = False
+
+    def _add_checkpoints(self, count: int) -> None:
+        self.checkpoints += count
         self.checkpoints_peak = max(self.checkpoints_peak, self.checkpoints)
+
+    def count_stored(self, stored: object, size: int) -> None:
+        """Count bytes on host or disk until what stands for them is freed."""
+        self._add_stored(size)
+        weakref.finalize(stored, self._add_stored, -size).atexit = False
+
+    def _add_stored(self, size: int) -> None:
+        self.stored_bytes += size
+        self.stored_peak_bytes = max(self.stored_peak_bytes, self.stored_bytes)
 
     def write(self, journal: Journal) -> Journal:
         """Count a step's journal until it is freed."""
@@ -88,4 +105,6 @@ class Ledger:
             self.backward_seconds,
             self.update_runs,
             self.journal_bytes,
+            self.stored_bytes,
+            self.stored_peak_bytes,
         )

@@ -20,13 +20,16 @@ class Report:
         checkpoints_held: Carries kept now at the starts of segments.
         checkpoints_peak: The most that were kept at once.
         carry_bytes: Bytes of one carry (fast weights, optimizer state, buffers): the largest so far.
-        carries_peak_bytes: The most that kept carries took at once, those of the segment being replayed included.
+        carries_peak_bytes: The most that carries took at once on the device, those of the segment being replayed
+            included.
         externals_bytes: Bytes of the distinct storages that recorded steps hold by reference now; a resident dataset
             that steps index counts in full, once.
         forward_seconds: From entering the context to the end of the last step.
         backward_seconds: Spent in replays and pullbacks.
         update_runs: Carries got by the update rule alone, from a step's journal.
         journal_bytes: Bytes of the journals that are alive: inner gradients, and buffers.
+        stored_bytes: Bytes of kept carries that are in host memory or on disk now, by `store`.
+        stored_peak_bytes: The most that were there at once.
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -53,6 +56,8 @@ class Report:
     backward_seconds: float = 0.0
     update_runs: int = 0
     journal_bytes: int = 0
+    stored_bytes: int = 0
+    stored_peak_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a plain dictionary, for JSON.
@@ -65,13 +70,14 @@ class Report:
 
     def __repr__(self) -> str:
         journal = f"\n  journal: {format_bytes(self.journal_bytes)}; {self.update_runs} update runs"
+        stored = f"\n  stored: {format_bytes(self.stored_bytes)}, {format_bytes(self.stored_peak_bytes)} at most"
         return (
             f"Report: {self.steps} steps; {self.first_order_runs} first-order and {self.second_order_runs} "
             f"second-order runs\n  checkpoints: {self.checkpoints_held} held, {self.checkpoints_peak} at most, "
             f"{format_bytes(self.carry_bytes)} each; carries took {format_bytes(self.carries_peak_bytes)} at most\n"
             f"  externals: {format_bytes(self.externals_bytes)}\n"
             f"  seconds: {self.forward_seconds:.3f} in the loop, {self.backward_seconds:.3f} in replays and pullbacks"
-            f"{journal if self.update_runs or self.journal_bytes else ''}"
+            f"{journal if self.update_runs or self.journal_bytes else ''}{stored if self.stored_peak_bytes else ''}"
         )
 
 

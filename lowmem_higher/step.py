@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -46,15 +47,42 @@ class Carry:
         storages = [storage for tensor in self.tensors() for storage in storages_of(tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def check_unmodified(self, time: int) -> None:
-        """Rule R4, for the carry: fast weights are updated by steps and `update_params`, not in place."""
+    @property
+    def modified(self) -> Tensor | None:
+        """A tensor that was modified in place since the carry was made."""
         for tensor, version in zip(self.tensors(), self.versions, strict=True):
             if version_of(tensor) != version:
-                raise ExternalModifiedError(
-                    f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was "
-                    "modified in place after it was kept for the backward. Set new values with "
-                    "fmodel.update_params([...])."
-                )
+                return tensor
+        return None
+
+    def check_unmodified(self, time: int) -> None:
+        """Rule R4, for the carry: fast weights are updated by steps and `update_params`, not in place."""
+        if (tensor := self.modified) is not None:
+            raise carry_modified_error(tensor, time)
+
+    def taken_apart(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Carry]]:
+        """The tensors, and the function that makes a carry from such tensors; it holds none of them."""
+        count, keys = len(self.weights), state_keys(self.state)
+        there = [buffer is not None for buffer in self.buffers]
+        hollow: State = [{index: dict(entry) for index, entry in entries.items()} for entries in self.state]
+        for group, index, name in keys:
+            hollow[group][index][name] = None
+
+        def filled(tensors: list[Tensor]) -> Carry:
+            given = iter(tensors)
+            weights = list(itertools.islice(given, count))
+            state = with_state_leaves(hollow, {key: next(given) for key in keys})
+            return Carry(weights, state, tuple([next(given) if present else None for present in there]))
+
+        return self.tensors(), filled
+
+
+def carry_modified_error(tensor: Tensor, time: int) -> ExternalModifiedError:
+    """Rule R4."""
+    return ExternalModifiedError(
+        f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was modified in place "
+        "after it was kept for the backward. Set new values with fmodel.update_params([...])."
+    )
 
 
 def state_keys(state: State) -> list[StateKey]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 import weakref
 from collections import Counter
@@ -71,6 +72,7 @@ class Trajectory:
         verify: "new", "all" or "off": which replays are checked.
         last: The steps that gradients pass through.
         journal: Whether each step's inner gradient is kept.
+        store: Where kept carries live: "device", "host" or a directory.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Trajectory:
         verify: str,
         last: LastSteps,
         journal: bool,
+        store: str | os.PathLike[str],
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
@@ -91,7 +94,7 @@ class Trajectory:
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
-        self._carries = Carries(schedule, self.ledger)
+        self._carries = Carries(schedule, self.ledger, store)
         strategies: dict[str, type[NativeReplay] | type[TorchReplay]] = {"native": NativeReplay, "torch": TorchReplay}
         count = self.ledger.count_first_order if optimizer.first_order else self.ledger.count_second_order
         self._replay: Replay = strategies[replay](count)
@@ -123,6 +126,7 @@ class Trajectory:
         """The context is left. The graph stays usable."""
         self._recorder.leave(self)
         self._open = False
+        self._carries.close()
 
     @property
     def report(self) -> Report:

@@ -27,6 +27,8 @@ FIELDS = [
     "backward_seconds",
     "update_runs",
     "journal_bytes",
+    "stored_bytes",
+    "stored_peak_bytes",
 ]
 SECONDS = ("forward_seconds", "backward_seconds")
 

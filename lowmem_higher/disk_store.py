@@ -1,0 +1,217 @@
+"""Carries in files.
+
+NOTE [ Files ]
+
+A file goes with the last reference to what was stored in it. A run's files lie in a directory of their own, which goes
+with the last of them, at the latest when Python ends. So nothing has to be cleaned up, also after an exception; only a
+process that is killed leaves its directory behind.
+
+A file is written under another name and then renamed, so it is whole or absent. Its checksum is remembered, and what is
+read is compared with it before any tensor is made: a carry comes back bit for bit, or the read raises.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import weakref
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_higher.errors import StoreError
+from lowmem_higher.ledger import Ledger
+from lowmem_higher.packing import Constants, Packed, Place, blank, pack
+from lowmem_higher.report import format_bytes
+from lowmem_higher.step import Carry
+
+
+class RunDirectory:
+    """A directory for the files of one run, that goes when nobody needs it.
+
+    Raises:
+        StoreError: It cannot be made.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        self._numbers = itertools.count()
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="lowmem_higher_", dir=parent)).absolute()
+        except OSError as error:
+            raise StoreError(
+                f"No directory for this run's carries can be made in {parent}: {error.strerror}. Give one that can be "
+                "written to: innerloop_ctx(..., store='a/directory')."
+            ) from error
+        weakref.finalize(self, _remove_directory, self.path, os.getpid())
+
+    def new_file(self) -> Path:
+        """A path that was not given before."""
+        return self.path / f"{next(self._numbers)}.carry"
+
+
+class DiskStore:
+    """Carries in files, in a directory of this run's own."""
+
+    def __init__(self, parent: Path, ledger: Ledger) -> None:
+        self._parent, self._ledger = parent.absolute(), ledger
+        self._directory: RunDirectory | None = RunDirectory(self._parent)
+        self._latest = weakref.ref(self._directory)
+
+    def put(self, carry: Carry, time: int, constants: Constants) -> InFile:
+        """Write a carry to a file.
+
+        Raises:
+            StoreError: It cannot be written, for example because the disk is full.
+        """
+        directory = self._latest() or RunDirectory(self._parent)
+        self._latest = weakref.ref(directory)
+        return InFile(directory, *pack(carry, time, constants), self._ledger)
+
+    def prefetch(self, stored: object) -> None:
+        """Files are read when they are asked for."""
+
+    def let_go(self) -> None:
+        """Nothing is on its way."""
+
+    def close(self) -> None:
+        """From now on the directory lasts as long as a file in it."""
+        self._directory = None
+
+
+class InFile:
+    """A carry in a file: a line of JSON, the bytes of the spans, and a checksum of both."""
+
+    def __init__(self, directory: RunDirectory, packed: Packed, spans: list[Tensor], ledger: Ledger) -> None:
+        self._directory = directory  # lasts as long
+        self._path = path = directory.new_file()
+        self._packed, self._ledger = packed, ledger
+        header = _header(packed)
+        self._header_size = len(header)
+        try:
+            self._checksum = _write(path, header, spans)
+        except OSError as error:
+            raise StoreError(
+                f"The carry of step {packed.time}, {format_bytes(self.nbytes)}, could not be written to {path}: "
+                f"{error.strerror}. No gradient can be had without it. Make room there, or give another directory, "
+                "innerloop_ctx(..., store='a/directory'), or keep fewer carries, checkpoints=10."
+            ) from error
+        weakref.finalize(self, _remove_file, path, os.getpid()).atexit = False
+        ledger.count_stored(self, self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the spans."""
+        return sum(self._packed.sizes)
+
+    def get(self) -> Carry:
+        """The carry from the file.
+
+        Raises:
+            StoreError: The file is gone, or does not hold what was written.
+        """
+        self._packed.check_unpacked()
+        what = f"the carry of step {self._packed.time} from {self._path}"
+        try:
+            spans, fault = _read(self._path, self._header_size, self._packed.sizes, self._checksum)
+        except OSError as error:
+            raise StoreError(
+                f"Cannot read {what}: {error.strerror}. It was there: the directory must be left alone until the outer "
+                "backward is done. Run the inner loop again."
+            ) from error
+        if fault is not None:
+            raise StoreError(
+                f"Cannot use {what}: {fault}. Something else wrote to the file, or the disk is failing; nothing was "
+                "computed from it. Run the inner loop again, with another store if this comes back."
+            )
+        moved = [span.to(device) for span, device in zip(spans, self._packed.devices, strict=True)]
+        return self._ledger.keep(self._packed.carry(moved))
+
+
+def _header(packed: Packed) -> bytes:
+    """For whoever finds the file: what is in it."""
+    tensors = [
+        {
+            "dtype": str(place.dtype).removeprefix("torch."),
+            "shape": place.size,
+            "stride": place.stride,
+            "span": place.span,
+            "offset": place.offset,
+        }
+        for place in packed.places
+        if isinstance(place, Place)
+    ]
+    header = {
+        "magic": "lowmem_higher carry",
+        "version": 1,
+        "step": packed.time,
+        "span_bytes": packed.sizes,
+        "tensors": tensors,
+    }
+    return json.dumps(header).encode() + b"\n"
+
+
+def _write(path: Path, header: bytes, spans: Sequence[Tensor]) -> int:
+    part, checksum = path.with_suffix(".part"), 0
+    try:
+        with part.open("xb") as file:
+            file.write(header)
+            checksum = zlib.crc32(header)
+            for span in spans:
+                on_host = span.cpu()
+                memory = _memory(on_host)
+                file.write(memory)
+                checksum = zlib.crc32(memory, checksum)
+            file.write(checksum.to_bytes(4, "big"))
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return checksum
+
+
+def _read(path: Path, header_size: int, sizes: Sequence[int], checksum: int) -> tuple[list[Tensor], str | None]:
+    """The spans, and what is wrong with the file if something is."""
+    expected = header_size + sum(sizes) + 4
+    spans, found = [], 0
+    with path.open("rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        if length != expected:
+            return [], f"it has {length} bytes instead of {expected}"
+        found = zlib.crc32(file.read(header_size))
+        for size in sizes:
+            span = blank(size)
+            if file.readinto(_memory(span)) != size:
+                return [], "it ended while it was read"
+            found = zlib.crc32(_memory(span), found)
+            spans.append(span)
+        ending = file.read()
+    if not found == checksum == int.from_bytes(ending, "big"):
+        return [], f"its checksum is {found:08x} instead of {checksum:08x}"
+    return spans, None
+
+
+def _memory(span: Tensor) -> Any:
+    """The bytes of a tensor in host memory, as a buffer. It does not hold the tensor."""
+    return (ctypes.c_char * span.numel()).from_address(span.data_ptr()) if span.numel() else bytearray()
+
+
+# A forked process has copies of these objects; the files stay the first one's.
+
+
+def _remove_file(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _remove_directory(path: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,185 @@
+"""A carry as spans of bytes, and put together again from them bit for bit.
+
+NOTE [ Spans ]
+
+A store keeps bytes and knows no tensor. The tensors of a carry may share storages (the parts of a joined update are
+views of one vector), may be of any dtype and of any strides. So what is stored of a storage is one span of bytes, from
+the first to the last that the carry's tensors lie on, and of each tensor how it lies there. A restored tensor has the
+strides of the original, and its distance from a multiple of 64 bytes: kernels take the same path for both.
+
+Two kinds of tensors are not taken apart. One that all kept carries have in common (a frozen weight, a buffer that
+nothing writes to) is alive in any case, so it stays where it is, by reference, and has its version checked (rule R4).
+One that is more than a strided tensor (sparse, quantized, a subclass) is copied where it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_higher.record import version_of
+from lowmem_higher.step import Carry, carry_modified_error
+
+_ALIGNMENT = 64  # bytes; torch's allocators give no less
+
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """How a tensor lies in a span; `offset` counts elements."""
+
+    span: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    conjugated: bool
+    negated: bool
+
+    def tensor(self, span: Tensor) -> Tensor:
+        """The tensor, from its span's bytes."""
+        whole = span.numel() // self.dtype.itemsize * self.dtype.itemsize
+        found = span[:whole].view(self.dtype).as_strided(self.size, self.stride, self.offset)
+        found = torch._neg_view(found) if self.negated else found
+        return found.conj() if self.conjugated else found
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A tensor that stayed where it is, and its version."""
+
+    tensor: Tensor
+    version: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A carry without its bytes.
+
+    Attributes:
+        time: The step that starts from it.
+        places: How each tensor is found again.
+        sizes: The bytes of each span.
+        devices: Where each span was.
+        fill: Makes the carry from its tensors.
+    """
+
+    time: int
+    places: tuple[Place | Unpacked, ...]
+    sizes: tuple[int, ...]
+    devices: tuple[torch.device, ...]
+    fill: Callable[[list[Tensor]], Carry]
+
+    def check_unpacked(self) -> None:
+        """Rule R4, for the tensors that stayed where they are."""
+        for place in self.places:
+            if isinstance(place, Unpacked) and version_of(place.tensor) != place.version:
+                raise carry_modified_error(place.tensor, self.time)
+
+    def carry(self, spans: list[Tensor]) -> Carry:
+        """The carry, from new spans, each on its device."""
+        with torch.no_grad():
+            return self.fill([
+                place.tensor if isinstance(place, Unpacked) else place.tensor(spans[place.span])
+                for place in self.places
+            ])  # fmt: skip
+
+
+class Constants:
+    """The tensors that all carries so far have in common."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Key, weakref.ref[Tensor]] | None = None
+
+    def narrow(self, carry: Carry) -> None:
+        """One more carry, while the one before it is held."""
+        now = {_key(tensor): weakref.ref(tensor) for tensor in carry.tensors() if _is_strided(tensor)}
+        self._tensors = {key: now[key] for key in now if self._tensors is None or self._has(key)}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return _is_strided(tensor) and self._has(_key(tensor))
+
+    def _has(self, key: Key) -> bool:
+        found = (self._tensors or {}).get(key)
+        return found is not None and found() is not None  # else another storage may be at that address
+
+
+def pack(carry: Carry, time: int, constants: Constants) -> tuple[Packed, list[Tensor]]:
+    """Take a carry apart: what is needed to put it together, and views of its spans as bytes."""
+    with torch.no_grad():
+        places: dict[int, Place | Unpacked] = {}
+        sharing: dict[Key, dict[int, Tensor]] = {}
+        tensors, fill = carry.taken_apart()
+        for index, tensor in enumerate(tensors):
+            if tensor in constants:
+                places[index] = Unpacked(tensor, version_of(tensor))
+            elif not _is_strided(tensor):
+                copy = tensor.clone()
+                places[index] = Unpacked(copy, version_of(copy))
+            else:
+                storage = tensor.untyped_storage()
+                key = (tensor.device, storage.data_ptr() if tensor.numel() else ("empty", index))
+                sharing.setdefault(key, {})[index] = _physical(tensor)
+        spans = []
+        for span, group in enumerate(sharing.values()):
+            start = min(map(_start, group.values())) // _ALIGNMENT * _ALIGNMENT
+            narrowest = min(group.values(), key=Tensor.element_size)
+            item = narrowest.element_size()
+            length = (max(map(_end, group.values())) - start) // item
+            spans.append(narrowest.as_strided((length,), (1,), start // item).view(torch.uint8))
+            for index, inside in group.items():
+                places[index] = Place(
+                    span,
+                    inside.dtype,
+                    tuple(inside.shape),
+                    inside.stride(),
+                    (_start(inside) - start) // inside.element_size(),
+                    tensors[index].is_conj(),
+                    tensors[index].is_neg(),
+                )
+    ordered = tuple([places[index] for index in range(len(tensors))])
+    sizes, devices = tuple([span.numel() for span in spans]), tuple([span.device for span in spans])
+    return Packed(time, ordered, sizes, devices, fill), spans
+
+
+def blank(size: int, *, pinned: bool = False) -> Tensor:
+    """Host memory for a span."""
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_quantized
+    )
+
+
+def _key(tensor: Tensor) -> Key:
+    address = tensor.untyped_storage().data_ptr()
+    layout = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, address, tensor.dtype, version_of(tensor), *layout)
+
+
+def _physical(tensor: Tensor) -> Tensor:
+    """Without the marks that its values are to be conjugated or negated."""
+    tensor = tensor.detach()
+    tensor = tensor.conj() if tensor.is_conj() else tensor
+    return torch._neg_view(tensor) if tensor.is_neg() else tensor
+
+
+def _start(tensor: Tensor) -> int:
+    return int(tensor.storage_offset()) * tensor.element_size()
+
+
+def _end(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return _start(tensor)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return _start(tensor) + (last + 1) * tensor.element_size()
