@@ -211,7 +211,7 @@ def innerloop_ctx(
         With `truncate=K` the first term is `(ceil(K/c) + 1 + c) |carry|`, for any T; the full unroll still holds the
         graphs of all steps. `journal=True` adds T times the bytes of the weights. With `first_order=True` G is the
         graph of a plain backward, or of the update if larger.
-        With `store="host"` or a directory the device has `(c + 2) |carry| + G`, or `5 |carry| + G` with `checkpoints`,
+        With `store="host"` or a directory the device has `(c + 3) |carry| + G`, or `5 |carry| + G` with `checkpoints`,
         whatever s is, and a copy under way on CUDA; the rest, `ceil(T/c) |carry|` or `(s + 1) |carry|`, is stored.
 
     Passes:
