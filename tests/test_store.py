@@ -384,6 +384,22 @@ def test_R4_a_constant_modified_in_place_raises(folder: Path) -> None:
         del outer, fnet, diffopt
 
 
+def test_R4_for_a_constant_of_a_stored_carry(folder: Path) -> None:
+    for where in ("host", folder):
+        store, constants = make_store(where, Ledger()), Constants()
+        assert store is not None
+        frozen, moving = torch.ones(3), torch.ones(2)
+        for weights in ([frozen, moving], [frozen, moving + 1]):
+            carry = Carry(weights, [], ())
+            constants.narrow(carry)
+        stored = store.put(carry, 7, constants)
+        assert stored.nbytes == moving.nbytes
+        assert stored.get().weights[0].data_ptr() == frozen.data_ptr()
+        frozen.add_(1)
+        with pytest.raises(ExternalModifiedError, match=r"time 7 \(shape \(3,\)\) was modified in place"):
+            stored.get()
+
+
 # --------------------------------------------------------------------------------------------------------- faults
 
 
