@@ -384,6 +384,18 @@ def test_R4_a_constant_modified_in_place_raises(folder: Path) -> None:
         del outer, fnet, diffopt
 
 
+def test_what_changes_now_and_then_is_no_constant() -> None:
+    """Else weights that take turns would stay on the device, one copy for each turn."""
+    constants, one, two = Constants(), torch.ones(2), torch.ones(3)
+    held = [Carry(weights, [], ()) for weights in ([one, two], [one + 1, two])]
+    held.append(Carry([held[1].weights[0], two + 1], [], ()))
+    seen = []
+    for carry in held:
+        constants.narrow(carry)
+        seen.append([weight in constants for weight in carry.weights])
+    assert seen == [[True, True], [False, True], [False, False]]
+
+
 def test_R4_for_a_constant_of_a_stored_carry(folder: Path) -> None:
     for where in ("host", folder):
         store, constants = make_store(where, Ledger()), Constants()
