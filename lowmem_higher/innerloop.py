@@ -194,7 +194,8 @@ def innerloop_ctx(
         store: Where kept carries live: "device", where they are made; "host", in pinned memory, copied while the loop
             goes on and back while the backward does (of CUDA devices; for a CPU it saves nothing); or an existing
             directory, in files that go when no gradient can need them, at the latest when Python ends. Weights and
-            buffers that never change are not copied. The gradient is the same to the bit.
+            buffers that never change are not copied; journals, and tensors handed in from outside, stay where they are.
+            The gradient is the same to the bit.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
