@@ -126,8 +126,10 @@ class Carries:
                 segment.replayed[time] = Held(time, self.keep(carry()), may_cool=False)
         return time in segment.kept
 
-    def keep(self, carry: Carry) -> Carry:
+    def keep(self, carry: Carry, *, checkpoint: bool = False) -> Carry:
         """Count a carry for as long as it is on the device."""
+        if checkpoint:
+            self._ledger.count_checkpoint(carry)
         return self._ledger.keep(carry)
 
     def close(self) -> None:
