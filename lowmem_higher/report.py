@@ -48,7 +48,7 @@ class Report:
         >>> report = diffopt.report
         >>> report.steps, report.first_order_runs, report.second_order_runs, report.checkpoints_peak
         (10, 17, 10, 3)
-        >>> report.timeline[0], report.timeline[-1]  # a carry and the batch; batch and first carry as a copy of both
+        >>> report.timeline[0], report.timeline[-1]  # 12 bytes of weights and a batch of 24
         (('forward', 0, 36), ('backward', 0, 36))
     """
 
