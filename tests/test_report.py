@@ -272,3 +272,12 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "lowmem_higher\[plot\]"'):
         Report(timeline=[("forward", 0, 1)]).plot(tmp_path / "run.png")
+
+
+def test_what_becomes_one_sample_is_the_largest() -> None:
+    timeline = Timeline()
+    for step in range(3000):
+        timeline.add("forward", step, step % 7)
+    sizes = [size for _, _, size in timeline.samples()]
+    assert len(sizes) == 750
+    assert min(sizes) == 3  # the largest of four in a row
