@@ -202,7 +202,8 @@ def plan(
 
     Memory:
         At most what a full unroll of two steps takes, or three carries and one step's graph.
-        Gradients of meta-parameters are not counted: your run has them besides.
+        Two things are not counted, which your run has besides: gradients of meta-parameters, and random states, 5 KB
+        for each step that draws numbers on the CPU.
 
     Passes:
         At least 16 first-order and 13 second-order runs of a step; where they are fast up to three times as many,

@@ -128,15 +128,27 @@ def test_peak_of_short_loops(steps: int) -> None:
         assert row.peak_bytes == pytest.approx(run(problem, steps, **keywords(row, steps))[0], rel=0.1), row.label
 
 
-def test_peak_of_weights_that_outweigh_everything_else() -> None:
-    """Carries without momentum: the newest pullback begins with one more of them than any later one."""
-    model = nn.Linear(200, 200, bias=False)
-    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.01), torch.ones(1, 200)
-    problem = Problem(model, optimizer, lambda f: f(x).tanh().square().mean(), lambda: ())
+class Averaging(nn.Module):
+    """Its buffer, which outweighs all else, changes at each call, and no cotangent has its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("average", torch.zeros(40_000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average.mul_(0.9).add_(x.mean())
+        return self.layer(x)
+
+
+def test_peak_where_the_newest_pullback_begins_with_one_more_carry_than_any_later_one() -> None:
+    model, x = Averaging(), torch.ones(2, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    problem = Problem(model, optimizer, lambda f: f(x).square().mean(), lambda: ())
     found = higher.plan(model, optimizer, steps=3, batch=(), loss=problem.loss)
     every_one = found.settings[1]
     assert every_one.label == "checkpoint_every=1"
-    assert every_one.peak_bytes == pytest.approx(run(problem, 3, checkpoint_every=1)[0], rel=0.02)
+    assert every_one.peak_bytes == pytest.approx(run(problem, 3, checkpoint_every=1)[0], rel=0.1)
 
 
 def test_an_outer_loss_on_more_data_counts() -> None:
