@@ -20,15 +20,15 @@ def draw_plan(
     axes = figure.subplots()
     scale, unit = _unit(max(peak for _, peak, _ in points))
     for label, peak, seconds in points:
-        color = _ORANGE if label == best else _BLUE
-        axes.plot(peak / scale, seconds, "o", color=color)
-        axes.annotate(label, (peak / scale, seconds), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.plot(peak / scale, seconds, "o", label=label)
+        if label == best:
+            axes.plot(peak / scale, seconds, "o", color=_GREY, fillstyle="none", markersize=12, label="recommended")
     if budget is not None and budget / scale < 10 * axes.get_xlim()[1]:
         axes.axvline(budget / scale, color=_GREY, linestyle=":", label="budget")
-        axes.legend(frameon=False)
     axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
     axes.set_title(f"{steps:,} inner steps")
-    axes.margins(x=0.25)
+    figure.legend(frameon=False, loc="outside right upper", fontsize=8)
     _finish(figure, axes, path, f"peak memory ({unit})", "seconds")
 
 

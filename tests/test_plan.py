@@ -398,7 +398,7 @@ def test_plot_saves_a_picture(tmp_path: Path, budget: int | None) -> None:
     made_up(budget).plot(tmp_path / "plan.png")
     made_up(budget).plot(str(tmp_path / "plan.svg"))
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert "checkpoints=10" in (tmp_path / "plan.svg").read_text() or (tmp_path / "plan.svg").stat().st_size > 1000
+    assert "<svg" in (tmp_path / "plan.svg").read_text()
 
 
 def test_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
