@@ -18,6 +18,7 @@ from lowmem_higher.errors import (
 from lowmem_higher.innerloop import innerloop_ctx
 from lowmem_higher.optim import create_diff_optim, get_diff_optim, register_optim
 from lowmem_higher.patch import monkeypatch
+from lowmem_higher.plan import Plan, plan
 from lowmem_higher.report import Report
 from lowmem_higher.stand_in import install_as_higher
 
@@ -29,6 +30,7 @@ __all__ = [
     "HistoryFreedError",
     "LowmemError",
     "NothingTrainedWarning",
+    "Plan",
     "RecordError",
     "ReplayMismatchError",
     "Report",
@@ -43,6 +45,7 @@ __all__ = [
     "monkeypatch",
     "optim",
     "patch",
+    "plan",
     "register_optim",
     "testing",
     "utils",

@@ -201,6 +201,10 @@ class Carries:
             if surplus == newest.time:
                 segment.replayed[surplus] = held
 
+    def runs_back(self, newest: StepRecord, steps: int) -> int:
+        """The first-order runs of a backward from `newest` over `steps` steps; an estimate if weights were set."""
+        return self._schedule.runs_back(steps, [time for time in newest.segment.kept if time < steps])
+
     def passed(self, record: StepRecord) -> None:
         """A step was pulled back: its carry is not needed for the steps before it."""
         segment: Segment = record.segment
@@ -240,5 +244,5 @@ class Carries:
         if record.journal is None:
             self._ledger.count_first_order()
         else:
-            self._ledger.update_runs += 1
+            self._ledger.count_update()
         return self.keep(advance_carry(record, carry))

@@ -17,6 +17,7 @@ from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
 from lowmem_higher.patch import FunctionalModule, call_submodules_through, monkeypatch
+from lowmem_higher.progress import Progress
 from lowmem_higher.recompute import follow_view
 from lowmem_higher.record import recorder
 from lowmem_higher.report import Report
@@ -42,6 +43,7 @@ class Settings:
     first_order: bool = False
     journal: bool = False
     store: str | os.PathLike[str] = "device"
+    progress: bool | str = False
 
     def __post_init__(self) -> None:
         _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
@@ -73,6 +75,11 @@ class Settings:
                 "Say which carries to keep: innerloop_ctx(..., checkpoints=10, journal=True)."
             )
         _check_store(self.store, kept=self.schedule is not None)
+        if not isinstance(self.progress, bool) and self.progress != "always":
+            raise ValueError(
+                f"progress={self.progress!r} is unknown; it can be False, True (bars where stderr is a terminal) or "
+                "'always' (also where it is not)."
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 allowed = " or ".join(repr(choice) for choice in choices)
@@ -122,8 +129,9 @@ class Unrolled:
 
     program = None
 
-    def __init__(self, twice: bool) -> None:
+    def __init__(self, twice: bool, progress: Progress) -> None:
         self._ledger = Ledger()
+        self._progress = progress
         self._count = self._ledger.count_second_order if twice else self._ledger.count_first_order
         self._entered = time.perf_counter()
 
@@ -131,6 +139,7 @@ class Unrolled:
         """Count one step."""
         self._count()
         self._ledger.steps += 1
+        self._progress.step(self._ledger.steps)
         self._ledger.forward_seconds = time.perf_counter() - self._entered
 
     @property
@@ -158,6 +167,7 @@ def innerloop_ctx(
     first_order: bool = False,
     journal: bool = False,
     store: str | os.PathLike[str] = "device",
+    progress: bool | str = False,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
 
@@ -196,6 +206,10 @@ def innerloop_ctx(
             directory, in files that go when no gradient can need them, at the latest when Python ends. Weights and
             buffers that never change are not copied; journals, and tensors handed in from outside, stay where they are.
             The gradient is the same to the bit.
+        progress: True shows a bar on stderr, if that is a terminal: the steps of the loop, then the recomputed and
+            differentiated steps of the backward, with the time to go. "always" shows it also where stderr is a file. By
+            tqdm if that is installed (`lowmem_higher[progress]`), else a line that counts. The full unroll shows the
+            loop only.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
@@ -242,7 +256,7 @@ def innerloop_ctx(
         Finn et al., Model-agnostic meta-learning, ICML 2017, section 5.2 (`first_order`).
     """
     settings = Settings(
-        checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order, journal, store
+        checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order, journal, store, progress
     )
     where = None if device is None else torch.device(device)
     fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
@@ -270,6 +284,7 @@ class _Wiring:
     def __init__(self, model: nn.Module, fmodel: FunctionalModule, settings: Settings, tracked: bool) -> None:
         self._settings, self._tracked = settings, tracked
         self._trajectories: list[Trajectory] = []
+        self._shown: list[Progress] = []
         self._open = False
         self._live: LiveModule | None = None
         if settings.schedule is not None and tracked:
@@ -283,8 +298,10 @@ class _Wiring:
         settings = self._settings
         optimizer.first_order = settings.first_order
         schedule = settings.schedule
+        progress = Progress(settings.progress, settings.steps)
+        self._shown.append(progress)
         if self._live is None or schedule is None:
-            optimizer.follow(None, Unrolled(self._tracked and not settings.first_order))
+            optimizer.follow(None, Unrolled(self._tracked and not settings.first_order, progress))
             return
         trajectory = Trajectory(
             optimizer,
@@ -296,6 +313,7 @@ class _Wiring:
             self._last,
             settings.journal,
             settings.store,
+            progress,
         )
         optimizer.follow(trajectory, trajectory)
         if self._open:
@@ -310,6 +328,8 @@ class _Wiring:
             yield
         finally:
             self._open = False
+            for progress in self._shown:
+                progress.close()
             for trajectory in self._trajectories:
                 trajectory.close()
             self._trajectories.clear()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 
 from torch import Tensor
 
-from lowmem_higher.report import Report
+from lowmem_higher.report import Report, Timeline
 from lowmem_higher.step import Carry, Journal
 from lowmem_higher.structure import storages_of
+
+
+def _nothing() -> None:
+    return None
 
 
 class Ledger:
@@ -25,6 +30,8 @@ class Ledger:
         self.stored_bytes = self.stored_peak_bytes = 0
         self.forward_seconds = self.backward_seconds = 0.0
         self._storages: Counter[tuple[int, int]] = Counter()
+        self._timeline = Timeline()
+        self.on_run: Callable[[], None] = _nothing  # after each run of a step
 
     def keep(self, carry: Carry) -> Carry:
         """Count a carry on the device until it is freed."""
@@ -68,10 +75,17 @@ class Ledger:
     def count_first_order(self) -> None:
         """Count a first-order run."""
         self.first_order_runs += 1
+        self.on_run()
 
     def count_second_order(self) -> None:
         """Count a second-order run."""
         self.second_order_runs += 1
+        self.on_run()
+
+    def count_update(self) -> None:
+        """Count a carry got by the update rule alone."""
+        self.update_runs += 1
+        self.on_run()
 
     def hold(self, externals: list[Tensor]) -> None:
         """Count the storages that a record refers to, each once."""
@@ -90,6 +104,10 @@ class Ledger:
                 del self._storages[key]
                 self.externals_bytes -= storage.nbytes()
 
+    def sample(self, phase: str, step: int) -> None:
+        """Note what is held now."""
+        self._timeline.add(phase, step, self.carries_bytes + self.externals_bytes)
+
     def report(self) -> Report:
         """The counts as a value."""
         return Report(
@@ -107,4 +125,5 @@ class Ledger:
             self.journal_bytes,
             self.stored_bytes,
             self.stored_peak_bytes,
+            self._timeline.samples(),
         )

@@ -221,6 +221,8 @@ class TorchReplay:
     makes it recompute already in the forward, so this takes three second-order runs a step.
     """
 
+    RUNS = 3
+
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
 

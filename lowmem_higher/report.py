@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+Sample = tuple[str, int, int]  # phase, step, bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,9 @@ class Report:
         journal_bytes: Bytes of the journals that are alive: inner gradients, and buffers.
         stored_bytes: Bytes of kept carries that are in host memory or on disk now, by `store`.
         stored_peak_bytes: The most that were there at once.
+        timeline: What was held when, as `(phase, step, bytes)`: carries alive and externals, after each step of the
+            loop ("forward") and while it is differentiated ("backward"). At most 1,000 samples: of a longer run each
+            is the largest of a stretch. Empty for the full unroll.
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -42,6 +51,8 @@ class Report:
         >>> report = diffopt.report
         >>> report.steps, report.first_order_runs, report.second_order_runs, report.checkpoints_peak
         (10, 17, 10, 3)
+        >>> report.timeline[0], report.timeline[-1]  # 12 bytes of weights and a batch of 24
+        (('forward', 0, 36), ('backward', 0, 36))
     """
 
     steps: int = 0
@@ -58,6 +69,11 @@ class Report:
     journal_bytes: int = 0
     stored_bytes: int = 0
     stored_peak_bytes: int = 0
+    timeline: Sequence[Sample] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.timeline, list):  # out of JSON
+            object.__setattr__(self, "timeline", tuple(map(tuple, self.timeline)))
 
     def as_dict(self) -> dict[str, Any]:
         """The report as a plain dictionary, for JSON.
@@ -66,7 +82,26 @@ class Report:
             >>> Report(steps=3).as_dict()["steps"]
             3
         """
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "timeline": [list(sample) for sample in self.timeline]}
+
+    def plot(self, path: str | Path) -> None:
+        """Save a picture of the timeline: bytes held, against the steps of the loop and of the backward.
+
+        Args:
+            path: Where to; the ending says the format, for example `run.png` or `run.svg`.
+
+        Raises:
+            ImportError: matplotlib is not installed; it comes with `lowmem_higher[plot]`.
+            ValueError: There is no timeline: the full unroll has none.
+        """
+        if not self.timeline:
+            raise ValueError(
+                "This report has no timeline to draw: no step was taken yet, or the context is a full unroll, whose "
+                "graphs nobody counts. Use innerloop_ctx(..., checkpoint_every=10)."
+            )
+        from lowmem_higher.pictures import draw_timeline
+
+        draw_timeline(Path(path), self.timeline)
 
     def __repr__(self) -> str:
         journal = f"\n  journal: {format_bytes(self.journal_bytes)}; {self.update_runs} update runs"
@@ -79,6 +114,52 @@ class Report:
             f"  seconds: {self.forward_seconds:.3f} in the loop, {self.backward_seconds:.3f} in replays and pullbacks"
             f"{journal if self.update_runs or self.journal_bytes else ''}{stored if self.stored_peak_bytes else ''}"
         )
+
+
+_SAMPLES = 1000
+
+
+class Timeline:
+    """Collects samples; when there are too many, two neighbours become one, the larger.
+
+    Example:
+        >>> timeline = Timeline()
+        >>> for step in range(3000):
+        ...     timeline.add("forward", step, step % 7)
+        >>> timeline.samples()[:2], len(timeline.samples())
+        ((('forward', 3, 3), ('forward', 6, 6)), 750)
+    """
+
+    def __init__(self) -> None:
+        self._samples: list[Sample] = []
+        self._stretch = 1  # samples that become one
+        self._taken = 0  # of the last stretch
+
+    def add(self, phase: str, step: int, size: int) -> None:
+        """Add one sample."""
+        samples = self._samples
+        if 0 < self._taken < self._stretch and samples[-1][0] == phase:
+            self._taken += 1
+            if size > samples[-1][2]:
+                samples[-1] = (phase, step, size)
+            return
+        self._taken = 1
+        samples.append((phase, step, size))
+        if len(samples) > _SAMPLES:
+            self._thin()
+
+    def samples(self) -> tuple[Sample, ...]:
+        """What was collected, in order."""
+        return tuple(self._samples)
+
+    def _thin(self) -> None:
+        last = self._samples.pop()
+        found: list[Sample] = []
+        for _, group in itertools.groupby(self._samples, key=operator.itemgetter(0)):
+            same = list(group)
+            found += [max(same[at : at + 2], key=operator.itemgetter(2)) for at in range(0, len(same), 2)]
+        self._samples = [*found, last]
+        self._stretch *= 2
 
 
 def format_bytes(count: float) -> str:

@@ -96,6 +96,9 @@ class Schedule(Protocol):
     def on_the_way(self, start: int, stop: int, held: int) -> list[int]:
         """In the backward, with `held` carries held: which are held on the way from carry `start` to carry `stop`."""
 
+    def runs_back(self, steps: int, held: Sequence[int]) -> int:
+        """When the backward begins after `steps` steps with the carries `held`: the first-order runs it will take."""
+
 
 @dataclass(frozen=True)
 class Periodic:
@@ -125,6 +128,10 @@ class Periodic:
     def on_the_way(self, start: int, stop: int, held: int) -> list[int]:
         """All of them."""
         return list(range(start + 1, stop))
+
+    def runs_back(self, steps: int, held: Sequence[int]) -> int:
+        """One for each step but the first of each segment."""
+        return steps - math.ceil(steps / self.every)
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,11 @@ class Bounded:
         """Those of the optimal reversal with the slots that are free."""
         return _splits(start, stop - start + 1, self.checkpoints - held + 1)
 
+    def runs_back(self, steps: int, held: Sequence[int]) -> int:
+        """Those of the gaps between the carries, with the slots that are free by then."""
+        *gaps, newest = enumerate(_gaps(held, steps))
+        return sum(reversal_runs(gap - (at == newest[0]), self.checkpoints - at) for at, gap in [*gaps, newest])
+
 
 @dataclass(frozen=True)
 class Revolve:
@@ -200,6 +212,10 @@ class Revolve:
     def on_the_way(self, start: int, stop: int, held: int) -> list[int]:
         """Those of the optimal reversal with the slots that are free."""
         return Bounded(self.checkpoints).on_the_way(start, stop, held)
+
+    def runs_back(self, steps: int, held: Sequence[int]) -> int:
+        """Those of the gaps between the carries, with the slots that are free by then."""
+        return Bounded(self.checkpoints).runs_back(steps, held)
 
 
 def reversal_runs(steps: int, checkpoints: int) -> int:

@@ -31,6 +31,7 @@ from lowmem_higher.optim.base import (
 from lowmem_higher.outer_term import TermNode, TermRecord
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, check_dependence, cut
+from lowmem_higher.progress import Progress
 from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, inputs_of, outputs_of
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
@@ -73,6 +74,7 @@ class Trajectory:
         last: The steps that gradients pass through.
         journal: Whether each step's inner gradient is kept.
         store: Where kept carries live: "device", "host" or a directory.
+        progress: Is told how far the run is.
     """
 
     def __init__(
@@ -86,11 +88,14 @@ class Trajectory:
         last: LastSteps,
         journal: bool,
         store: str | os.PathLike[str],
+        progress: Progress,
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
         self.last = last
         self._journal = journal
+        self._progress = progress
+        self.ledger.on_run = progress.run
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
@@ -127,6 +132,7 @@ class Trajectory:
         self._recorder.leave(self)
         self._open = False
         self._carries.close()
+        self._progress.close()
 
     @property
     def report(self) -> Report:
@@ -274,6 +280,8 @@ class Trajectory:
         self._window_buffers = buffers
         self.ledger.steps += 1
         self.ledger.count_first_order()
+        self.ledger.sample("forward", record.time)
+        self._progress.step(self.ledger.steps)
 
     # Terms of the outer loss
 
@@ -482,13 +490,30 @@ class Trajectory:
         if record is self._tail:
             self._mark_end(record)
             self._carries.begin_backward(record)
-        with self._recorder.watching(None), torch.enable_grad():
-            graph = self._replay.graph(record, self)
-        with self._recorder.watching(None):
-            grads = graph.pull_back(cotangents)
+        if self._progress.begin_backward(functools.partial(self._runs_ahead, record)):
+            torch.autograd.Variable._execution_engine.queue_callback(self._progress.close)
+        try:
+            with self._recorder.watching(None), torch.enable_grad():
+                graph = self._replay.graph(record, self)
+            self.ledger.sample("backward", record.time)
+            with self._recorder.watching(None):
+                grads = graph.pull_back(cotangents)
+        except BaseException:
+            self._progress.close()
+            raise
         self._carries.passed(record)
         self.ledger.backward_seconds += time.perf_counter() - started
         return grads
+
+    def _runs_ahead(self, record: StepRecord) -> int:
+        """About how many runs a backward from this step takes: recomputed and differentiated steps."""
+        steps = reached = record.time + 1
+        if self.last.count is not None:
+            reached = min(steps, self.last.count)
+        if isinstance(self._replay, TorchReplay):
+            return reached * TorchReplay.RUNS
+        recomputed = self._carries.runs_back(record, steps)
+        return reached + (recomputed if reached == steps else min(recomputed, reached))
 
     def _mark_end(self, record: StepRecord) -> None:
         """Let the newest step's replay be compared with the weights that the loop ended with, if they are alive."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from torch import nn
 
 import lowmem_higher as higher
-from lowmem_higher.report import Report, format_bytes
+from lowmem_higher.report import Report, Timeline, format_bytes
 
 FIELDS = [
     "steps",
@@ -29,8 +32,9 @@ FIELDS = [
     "journal_bytes",
     "stored_bytes",
     "stored_peak_bytes",
+    "timeline",
 ]
-SECONDS = ("forward_seconds", "backward_seconds")
+NOT_COUNTS = ("forward_seconds", "backward_seconds", "timeline")
 
 
 class WithBuffer(nn.Module):
@@ -45,7 +49,7 @@ class WithBuffer(nn.Module):
 
 
 def counts(report: Report) -> dict[str, Any]:
-    return {key: value for key, value in report.as_dict().items() if key not in SECONDS}
+    return {key: value for key, value in report.as_dict().items() if key not in NOT_COUNTS}
 
 
 def test_every_field_at_every_moment() -> None:
@@ -193,3 +197,89 @@ def test_repr_reads_well() -> None:
 )
 def test_bytes_are_shown_as_a_person_reads_them(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+# The timeline
+
+
+def test_timeline_of_a_small_run() -> None:
+    """Carries of 24 bytes, and 48 with the momentum; the batch of 60 bytes is held until the backward is over."""
+    model, x = nn.Linear(3, 2, bias=False), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False, checkpoint_every=2) as (fmodel, diffopt):
+        assert diffopt.report.timeline == ()
+        for _ in range(5):
+            diffopt.step(fmodel(x).square().mean())
+        loop = diffopt.report.timeline
+        fmodel(x).mean().backward()
+    assert loop == tuple(
+        ("forward", step, 60 + size) for step, size in enumerate([24, 24, 24 + 48, 24 + 48, 24 + 2 * 48])
+    )
+    report = diffopt.report
+    assert report.timeline == (
+        *loop,
+        ("backward", 4, 60 + 24 + 2 * 48),
+        ("backward", 3, 60 + 24 + 2 * 48),  # carry 4 is gone, carry 3 replayed
+        ("backward", 2, 60 + 24 + 48),
+        ("backward", 1, 60 + 24 + 48),
+        ("backward", 0, 60 + 24),
+    )
+    assert max(size for _, _, size in report.timeline) <= report.carries_peak_bytes + x.nbytes
+    assert Report(**json.loads(json.dumps(report.as_dict()))) == report
+
+
+def test_the_full_unroll_has_no_timeline(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (fmodel, diffopt):
+        diffopt.step(fmodel(torch.randn(5, 3)).square().mean())
+    assert diffopt.report.timeline == ()
+    with pytest.raises(ValueError, match=r"no timeline to draw.*checkpoint_every=10"):
+        diffopt.report.plot(tmp_path / "run.png")
+
+
+@pytest.mark.parametrize("count", [1, 999, 1000, 1001, 1002, 2500, 40_000])
+def test_a_timeline_is_thinned_evenly_and_keeps_its_heights(count: int) -> None:
+    timeline = Timeline()
+    for step in range(count):
+        timeline.add("forward", step, (step * 7919) % 10_007)
+    for step in reversed(range(count)):
+        timeline.add("backward", step, 20_000 + step)
+    samples = timeline.samples()
+    assert len(samples) <= 1000
+    assert len(samples) >= min(2 * count, 400)
+    assert [phase for phase, _, _ in samples] == sorted((phase for phase, _, _ in samples), reverse=True)
+    forward = [step for phase, step, _ in samples if phase == "forward"]
+    backward = [step for phase, step, _ in samples if phase == "backward"]
+    assert forward == sorted(set(forward))
+    assert backward == sorted(set(backward), reverse=True)
+    assert max(size for phase, _, size in samples if phase == "forward") == max(
+        (step * 7919) % 10_007 for step in range(count)
+    )
+    assert samples[len(forward)] == ("backward", count - 1, 20_000 + count - 1)
+    stretches = [after - before for before, after in itertools.pairwise(forward)]
+    assert max(stretches, default=1) <= 2 * max(1, 4 * count / 1000)
+    for phase, step, size in samples:
+        assert size == ((step * 7919) % 10_007 if phase == "forward" else 20_000 + step)
+
+
+def test_plot_saves_a_picture(tmp_path: Path) -> None:
+    timeline = [("forward", step, 1000 * step) for step in range(20)] + [("backward", 19, 30_000)]
+    Report(timeline=timeline).plot(tmp_path / "run.png")
+    Report(timeline=timeline[:1]).plot(str(tmp_path / "one.png"))
+    for name in ("run.png", "one.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "lowmem_higher\[plot\]"'):
+        Report(timeline=[("forward", 0, 1)]).plot(tmp_path / "run.png")
+
+
+def test_what_becomes_one_sample_is_the_largest() -> None:
+    timeline = Timeline()
+    for step in range(3000):
+        timeline.add("forward", step, step % 7)
+    sizes = [size for _, _, size in timeline.samples()]
+    assert len(sizes) == 750
+    assert min(sizes) == 3  # the largest of four in a row

@@ -1,0 +1,118 @@
+"""How far a run is, on stderr: a bar by tqdm if that is installed, else a line that counts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+_REFRESH_SECONDS = 0.2
+
+
+class Progress:
+    """Shows the steps of a loop, then the runs of a backward: recomputed and differentiated steps.
+
+    Args:
+        asked: False for silence; True for bars where stderr is a terminal; "always" also elsewhere, in a log say.
+        steps: How many steps the loop will take, if that is known.
+    """
+
+    def __init__(self, asked: bool | str = False, steps: int | None = None) -> None:
+        self._asked, self._steps = asked, steps
+        self._bar: Any = None  # a tqdm or a Line
+        self._backward = False
+
+    def step(self, number: int) -> None:
+        """The loop took step `number`, counted from 1."""
+        if not self._shown:
+            return
+        if self._bar is None or self._backward:
+            self._open("inner loop", "step", self._steps, number - 1)
+            self._backward = False
+        self._one_more()
+
+    def begin_backward(self, runs: Callable[[], int]) -> bool:
+        """A backward begins that will take about `runs()` runs; False if it began before, or nothing is shown."""
+        if not self._shown or (self._backward and self._bar is not None):
+            return False
+        self._open("outer backward", "run", runs(), 0)
+        self._backward = True
+        return True
+
+    def run(self) -> None:
+        """A step was run; counted in a backward."""
+        if self._backward:
+            self._one_more()
+
+    def close(self) -> None:
+        """The phase is over, or was broken off."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+    @property
+    def _shown(self) -> bool:
+        return self._asked == "always" or (self._asked is True and sys.stderr.isatty())
+
+    def _one_more(self) -> None:
+        bar = self._bar
+        if bar is not None:
+            if bar.total is not None and bar.n >= bar.total:
+                bar.total = bar.n + 1  # the loop is longer than was said
+            bar.update()
+
+    def _open(self, name: str, unit: str, total: int | None, done: int) -> None:
+        self.close()
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self._bar = Line(name, unit, total, done)
+        else:
+            self._bar = tqdm(
+                desc=name,
+                unit=unit,
+                total=total,
+                initial=done,
+                mininterval=_REFRESH_SECONDS,
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
+
+
+class Line:
+    """One line on stderr that is written again and again."""
+
+    def __init__(self, name: str, unit: str, total: int | None, done: int) -> None:
+        self.n, self.total = done, total
+        self._name, self._unit, self._done = name, unit, done
+        self._started = time.monotonic()
+        self._written = -_REFRESH_SECONDS
+        self._width = 0
+
+    def update(self, n: int = 1) -> None:
+        """So many more."""
+        self.n += n
+        elapsed = time.monotonic() - self._started
+        if elapsed - self._written >= _REFRESH_SECONDS:
+            self._written = elapsed
+            self._write(elapsed, "")
+
+    def close(self) -> None:
+        """Leave it as it stands."""
+        self._write(time.monotonic() - self._started, "\n")
+
+    def _write(self, elapsed: float, end: str) -> None:
+        of = "" if self.total is None else f"/{self.total}"
+        text = f"{self._name}: {self.n}{of} {self._unit}s, {_clock(elapsed)} elapsed"
+        if self.total is not None and self.n > self._done:
+            text += f", {_clock(elapsed / (self.n - self._done) * (self.total - self.n))} to go"
+        self._width = max(self._width, len(text))
+        sys.stderr.write(f"\r{text:<{self._width}}{end}")
+        sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
