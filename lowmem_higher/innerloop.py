@@ -256,7 +256,17 @@ def innerloop_ctx(
         Finn et al., Model-agnostic meta-learning, ICML 2017, section 5.2 (`first_order`).
     """
     settings = Settings(
-        checkpoint_every, checkpoints, steps, replay, pullback, verify, truncate, first_order, journal, store, progress
+        checkpoint_every=checkpoint_every,
+        checkpoints=checkpoints,
+        steps=steps,
+        replay=replay,
+        pullback=pullback,
+        verify=verify,
+        truncate=truncate,
+        first_order=first_order,
+        journal=journal,
+        store=store,
+        progress=progress,
     )
     where = None if device is None else torch.device(device)
     fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
