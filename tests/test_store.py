@@ -668,8 +668,9 @@ def test_files_go_as_soon_as_no_gradient_can_need_them(folder: Path) -> None:
 
 
 SCRIPT = """
-import os, sys, time, torch
+import os, signal, sys, time, torch
 import lowmem_higher as higher
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started with it ignored
 model = torch.nn.Linear(3, 1)
 opt = torch.optim.SGD(model.parameters(), lr=0.1)
 with higher.innerloop_ctx(model, opt, checkpoint_every=1, store=sys.argv[1]) as (fnet, diffopt):
@@ -691,10 +692,13 @@ def test_ctrl_c_and_a_forked_process(folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-        assert len(files(folder)) >= 5
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            assert process.stdout.readline() == "ready\n", process.stderr.read()
+            assert len(files(folder)) >= 5
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert said.strip().endswith("KeyboardInterrupt")
     assert process.returncode != 0
     assert list(folder.iterdir()) == []
