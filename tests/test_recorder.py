@@ -815,6 +815,11 @@ def write_into_a_view(x: Tensor, base: Tensor) -> Tensor:
     return base
 
 
+def write_into_the_end(x: Tensor, base: Tensor) -> Tensor:
+    base[2:][1] = x[0]
+    return base
+
+
 def write_into_a_view_of_what_was_changed(x: Tensor, base: Tensor) -> Tensor:
     top = base[:2]
     base.mul_(0.5)
@@ -839,6 +844,7 @@ def write_through_two_views_in_turn(x: Tensor, base: Tensor) -> Tensor:
     "make",
     [
         write_into_a_view,
+        write_into_the_end,
         write_into_a_view_of_what_was_changed,
         read_an_older_view_after_the_write,
         write_through_two_views_in_turn,
