@@ -135,12 +135,13 @@ def conv4(seed: int = 0) -> Problem:
 
 @dataclass(frozen=True)
 class Rival:
-    """A library and how it is asked; without a spacing it unrolls in full."""
+    """A library and how it is asked; without a spacing or a budget it unrolls in full."""
 
     name: str
     library: str
     spacing: Callable[[int], int] | None = None
     replay: str = "native"
+    budget: str | None = None
 
     @property
     def grows_with_steps(self) -> bool:
@@ -155,6 +156,8 @@ class Rival:
         """What `innerloop_ctx` gets beyond higher's own arguments."""
         if self.library == "higher":
             return {}
+        if self.budget is not None:
+            return {"memory_budget": self.budget, "steps": steps}
         return {"checkpoint_every": self.checkpoint_every(steps), "replay": self.replay}
 
     def describe(self, steps: int) -> str:
@@ -178,6 +181,7 @@ UNROLL = Rival("full unroll", "lowmem_higher")
 NATIVE_TEN = Rival("native", "lowmem_higher", ten)
 NATIVE_ROOT = Rival("native sqrt", "lowmem_higher", square_root)
 TORCH_TEN = Rival("torch", "lowmem_higher", ten, replay="torch")
+AMPLE = Rival("ample budget", "lowmem_higher", budget="1TiB")
 
 
 # --------------------------------------------------------------------------------------------------------------- run

@@ -33,12 +33,15 @@ from typing import Any
 
 import common
 import torch
-from common import HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Problem, Rival
+from common import AMPLE, HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Problem, Rival
 from torch import Tensor
 
-RIVALS = (HIGHER, UNROLL, NATIVE_TEN, NATIVE_ROOT, TORCH_TEN)
-TARGET_RIVALS = (HIGHER, NATIVE_TEN)
-TARGETS = {"tiny": 1.5, "mlp512": 1.35, "conv4": 1.35}  # native, N=10: its time over higher's
+RIVALS = (HIGHER, UNROLL, AMPLE, NATIVE_TEN, NATIVE_ROOT, TORCH_TEN)
+TARGET_RIVALS = (HIGHER, AMPLE, NATIVE_TEN)
+TARGETS = {  # time over higher's
+    NATIVE_TEN: {"tiny": 1.5, "mlp512": 1.35, "conv4": 1.35},
+    AMPLE: {"tiny": 1.0, "mlp512": 1.0, "conv4": 1.3},
+}
 NETS = {"tiny": common.tiny, "mlp512": common.mlp, "conv4": common.conv4}
 PROBE_STEPS = (4, 8, 12)  # two for the line, one to check it
 MEASURED_MEMORY_STEPS = 50  # above it, the memory of the dense and the convolutional net is computed
@@ -143,7 +146,7 @@ def measure_cell(problem: Problem, steps: int, book: MemoryBook, arguments: argp
     measured = arguments.full or net == "tiny" or steps <= MEASURED_MEMORY_STEPS
     for rival in RIVALS:
         row = rows[rival] = Row(net, steps, rival.name, rival.describe(steps))
-        row.target = TARGETS.get(net) if rival is NATIVE_TEN else None
+        row.target = TARGETS.get(rival, {}).get(net)
         row.peak_bytes, row.peak_is_computed = book.computed(rival, steps), True
         left[rival] = repeats_of(net, steps, rival, arguments.repeats, arguments.full)
         if rival.grows_with_steps and (row.peak_bytes or 0) > common.MEMORY_FRACTION * arguments.memory:

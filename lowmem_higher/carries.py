@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.packing import Constants
-from lowmem_higher.schedule import Schedule
+from lowmem_higher.schedule import Bounded, Schedule
 from lowmem_higher.step import Carry, StepRecord, advance_carry
 from lowmem_higher.store import Store, Stored, make_store
 
@@ -95,6 +95,16 @@ class Carries:
         self._hot: weakref.ref[Held] | None = None
         self._newest: weakref.ref[Segment] | None = None
         self._worked_on: weakref.ref[Segment] | None = None  # the only one that holds replayed carries
+
+    def schedule(self, schedule: Schedule) -> None:
+        """From now on, hold carries as this one says."""
+        self._schedule = schedule
+
+    def shrink(self, schedule: Bounded, newest: StepRecord) -> None:
+        """The same where this one has fewer slots than carries are held."""
+        self._schedule = schedule
+        for time in schedule.excess(newest.time + 1, list(newest.segment.kept)):
+            self._give_up(time, newest)
 
     # While the loop runs
 
@@ -194,12 +204,16 @@ class Carries:
 
     def begin_backward(self, newest: StepRecord) -> None:
         """The number of steps is known: give up what was held in case there came more."""
-        segment: Segment = newest.segment
-        surplus = self._schedule.surplus(newest.time + 1, list(segment.kept))
+        surplus = self._schedule.surplus(newest.time + 1, list(newest.segment.kept))
         if surplus is not None:
-            held = segment.kept.pop(surplus)
-            if surplus == newest.time:
-                segment.replayed[surplus] = held
+            self._give_up(surplus, newest)
+
+    def _give_up(self, time: int, newest: StepRecord) -> None:
+        segment: Segment = newest.segment
+        held = segment.kept.pop(time)
+        segment.marks.pop(time, None)
+        if time == newest.time:
+            segment.replayed[time] = held
 
     def runs_back(self, newest: StepRecord, steps: int) -> int:
         """The first-order runs of a backward from `newest` over `steps` steps; an estimate if weights were set."""

@@ -44,6 +44,10 @@ class HistoryFreedError(LowmemError):
     """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""
 
 
+class MemoryBudgetError(LowmemError):
+    """A loop cannot run within its `memory_budget`, not even with one checkpoint."""
+
+
 class StoreError(LowmemError):
     """A carry could not be put into its store, or did not come back with the bits that it had.
 

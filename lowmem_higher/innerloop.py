@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_higher.budget import budget_bytes, parse_budget
+from lowmem_higher.budgeted import Budgeted
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
@@ -26,6 +28,7 @@ from lowmem_higher.second_order import second_order
 from lowmem_higher.slip import warn_of_slip
 from lowmem_higher.trajectory import Trajectory
 
+_ALL = 1 << 60  # carries, until it is known how many fit
 _CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
 
 
@@ -36,6 +39,7 @@ class Settings:
     checkpoint_every: int | None = None
     checkpoints: int | None = None
     steps: int | None = None
+    memory_budget: float | str | None = None
     replay: str = "native"
     pullback: str = "reverse"
     verify: str = "new"
@@ -54,10 +58,11 @@ class Settings:
                 f"checkpoint_every={self.checkpoint_every} and checkpoints={self.checkpoints} are two ways to say "
                 "which carries are kept: every so many steps, or so many in all. Give one of them."
             )
-        if self.steps is not None and self.checkpoints is None:
+        self._check_budget()
+        if self.steps is not None and self.checkpoints is None and self.memory_budget is None:
             raise ValueError(
-                f"steps={self.steps} tells for how many steps the carries are to be placed, and needs their number: "
-                f"innerloop_ctx(..., checkpoints=10, steps={self.steps})."
+                f"steps={self.steps} tells for how many steps the carries are to be placed, and needs their number, or "
+                f"the memory for them: innerloop_ctx(..., checkpoints=10, steps={self.steps})."
             )
         _check_count("truncate", self.truncate, "gradients pass through so many of the last steps")
         if self.truncate is not None and self.checkpoints is not None:
@@ -85,9 +90,34 @@ class Settings:
                 allowed = " or ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it can be {allowed}.")
 
+    def _check_budget(self) -> None:
+        if self.memory_budget is None:
+            return
+        parse_budget(self.memory_budget)
+        rivals = {
+            "checkpoint_every": "which carries are kept is what the budget decides",
+            "checkpoints": "which carries are kept is what the budget decides",
+            "truncate": "steps out of reach need no memory at all: give checkpoint_every=10 with truncate",
+            "journal": "a journal grows with every step, which no budget can hold: give checkpoints=10 with journal",
+        }
+        for name, reason in rivals.items():
+            if getattr(self, name):
+                raise ValueError(
+                    f"memory_budget={self.memory_budget!r} and {name}={getattr(self, name)!r} were both given; "
+                    f"{reason}. Give one of them."
+                )
+        if self.store != "device":
+            raise ValueError(
+                f"memory_budget={self.memory_budget!r} is shared out on the device, and "
+                f"store={os.fspath(self.store)!r} takes the carries off it. With a store say how many to keep: "
+                "checkpoints=100."
+            )
+
     @property
     def schedule(self) -> Schedule | None:
-        """Which carries are kept; None for the full unroll."""
+        """Which carries are kept, with `memory_budget` at first; None for the full unroll."""
+        if self.memory_budget is not None:
+            return Bounded(_ALL)
         if self.checkpoint_every is not None:
             return Periodic(self.checkpoint_every)
         if self.checkpoints is None:
@@ -131,14 +161,12 @@ class Unrolled:
 
     def __init__(self, twice: bool, progress: Progress) -> None:
         self._ledger = Ledger()
-        self._progress = progress
-        self._count = self._ledger.count_second_order if twice else self._ledger.count_first_order
+        self._progress, self._twice = progress, twice
         self._entered = time.perf_counter()
 
     def count_step(self) -> None:
         """Count one step."""
-        self._count()
-        self._ledger.steps += 1
+        self._ledger.count_unrolled(twice=self._twice)
         self._progress.step(self._ledger.steps)
         self._ledger.forward_seconds = time.perf_counter() - self._entered
 
@@ -160,6 +188,7 @@ def innerloop_ctx(
     checkpoint_every: int | None = None,
     checkpoints: int | None = None,
     steps: int | None = None,
+    memory_budget: float | str | None = None,
     replay: str = "native",
     pullback: str = "reverse",
     verify: str = "new",
@@ -187,7 +216,12 @@ def innerloop_ctx(
             the weights of every N-th step only, and recomputes the rest during the outer backward: the same gradient.
         checkpoints: Instead of `checkpoint_every`: keep so many carries, however many steps there will be. They are
             spread over the steps while the loop runs, and their slots are used again in the backward.
-        steps: With `checkpoints`: the number of inner steps, if it is known; saves up to an eighth of the replays.
+        steps: With `checkpoints` or `memory_budget`: the number of inner steps, if it is known. Saves up to an eighth
+            of the replays, and lets a budget be used in full.
+        memory_budget: Instead of these: how much the loop may take, in bytes, as a text such as "2GiB", or as a
+            fraction of the memory that is free on the model's device when the context is entered, 0.5. The first two
+            steps are measured; then as many steps keep their graphs, as in the full unroll, and as many carries are
+            held for the others as there is room for. Where all graphs fit, nothing is replayed.
         replay: "native" recomputes the weights first, then differentiates one step at a time. "torch" rebuilds a
             segment through `torch.utils.checkpoint`; slower, an independent check.
         pullback: "reverse", reverse over reverse mode.
@@ -216,6 +250,7 @@ def innerloop_ctx(
 
     Raises:
         TypeError, ValueError: An argument cannot be used; the message says what can.
+        MemoryBudgetError: At the second step: not even one checkpoint fits `memory_budget`.
         StoreError: At a step or in the backward: the disk is full, or a file did not come back as it was written.
 
     Memory:
@@ -223,6 +258,8 @@ def innerloop_ctx(
         one step's second-order graph: `(ceil(T/c) + c) |carry| + G`, and the tensors that your loop hands in from
         outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`. With
         s = `checkpoints`: `(s + 3) |carry| + G` for any T.
+        With `memory_budget` these terms and the graphs of unrolled steps stay below it, as live bytes, as long as the
+        steps are like the first two. Not counted: the model, what your loop hands in from outside, the outer loss.
         With `truncate=K` the first term is `(ceil(K/c) + 1 + c) |carry|`, for any T; the full unroll still holds the
         graphs of all steps. `journal=True` adds T times the bytes of the weights. With `first_order=True` G is the
         graph of a plain backward, or of the update if larger.
@@ -233,6 +270,8 @@ def innerloop_ctx(
         At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
         With `checkpoints=s` and `steps=T` the fewest first-order runs that s slots allow, for example 3.6 T at T=1000,
         s=10 and 2.5 T at s=30 (`lowmem_higher.schedule.optimal_runs`); without `steps` at most 1.14 times as many.
+        With `memory_budget` one second-order run more for each loop whose steps were not measured in an earlier one;
+        the steps that are unrolled need no first-order run.
         With `truncate=K` T first-order runs of your loop, K + c at most of the backward, and K second-order runs. With
         `first_order=True` what would be second-order runs are first-order ones. With `journal=True` there are no other
         first-order runs than your loop's. (`replay="native"`.)
@@ -259,6 +298,7 @@ def innerloop_ctx(
         checkpoint_every=checkpoint_every,
         checkpoints=checkpoints,
         steps=steps,
+        memory_budget=memory_budget,
         replay=replay,
         pullback=pullback,
         verify=verify,
@@ -300,6 +340,7 @@ class _Wiring:
         if settings.schedule is not None and tracked:
             self._live = LiveModule(model, fmodel, recorder())
             call_submodules_through(fmodel, self._live)
+        self._model = model
         self._last = fmodel._view.last
         self._last.count = settings.truncate
 
@@ -325,7 +366,17 @@ class _Wiring:
             settings.store,
             progress,
         )
-        optimizer.follow(trajectory, trajectory)
+        if settings.memory_budget is None:
+            optimizer.follow(trajectory, trajectory)
+        else:
+            if self._open and self._trajectories:
+                raise ValueError(
+                    "A second optimizer joined a context with memory_budget, whose steps keep a carry each, so that no "
+                    "budget holds. Say which carries to keep instead: innerloop_ctx(..., checkpoint_every=10)."
+                )
+            limit = budget_bytes(settings.memory_budget, self._model)
+            budgeted = Budgeted(optimizer, trajectory, self._model, limit, settings.steps)
+            optimizer.follow(budgeted, budgeted)
         if self._open:
             trajectory.open()
             self._trajectories.append(trajectory)

@@ -22,10 +22,10 @@ class Ledger:
     """Counts runs, and the bytes of the carries that are alive."""
 
     def __init__(self) -> None:
-        self.steps = self.first_order_runs = self.second_order_runs = 0
+        self.steps = self.unrolled_steps = self.first_order_runs = self.second_order_runs = 0
         self.checkpoints = self.checkpoints_peak = 0
         self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
-        self.externals_bytes = 0
+        self.externals_bytes = self.newest_externals_bytes = 0  # the latter: what the newest record has added
         self.update_runs = self.journal_bytes = 0
         self.stored_bytes = self.stored_peak_bytes = 0
         self.forward_seconds = self.backward_seconds = 0.0
@@ -82,6 +82,12 @@ class Ledger:
         self.second_order_runs += 1
         self.on_run()
 
+    def count_unrolled(self, *, twice: bool) -> None:
+        """Count a step of the full unroll, which runs once, with its graph."""
+        (self.count_second_order if twice else self.count_first_order)()
+        self.unrolled_steps += 1
+        self.steps += 1
+
     def count_update(self) -> None:
         """Count a carry got by the update rule alone."""
         self.update_runs += 1
@@ -89,11 +95,13 @@ class Ledger:
 
     def hold(self, externals: list[Tensor]) -> None:
         """Count the storages that a record refers to, each once."""
+        before = self.externals_bytes
         for storage in chain.from_iterable(map(storages_of, externals)):
             key = (storage.data_ptr(), storage.nbytes())
             self._storages[key] += 1
             if self._storages[key] == 1:
                 self.externals_bytes += storage.nbytes()
+        self.newest_externals_bytes = self.externals_bytes - before
 
     def release(self, externals: list[Tensor]) -> None:
         """Count them off again."""
@@ -125,5 +133,6 @@ class Ledger:
             self.journal_bytes,
             self.stored_bytes,
             self.stored_peak_bytes,
+            self.unrolled_steps,
             self._timeline.samples(),
         )

@@ -420,7 +420,8 @@ def _make_routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
         if fmodel is None:
             return run(*args, **kwargs)
         owner = alive(fmodel)
-        return owner._view.caller.call_module(owner, path, run, args, kwargs)
+        caller = owner._view.caller
+        return run(*args, **kwargs) if caller is None else caller.call_module(owner, path, run, args, kwargs)
 
     names = {"__call__": call, "__module__": module_type.__module__, "__qualname__": module_type.__qualname__}
     return type(module_type.__name__, (module_type,), names)

@@ -19,9 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,11 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_higher.budget import Sizes, allot, budget_bytes, free_bytes
+from lowmem_higher.errors import MemoryBudgetError
 from lowmem_higher.innerloop import innerloop_ctx
 from lowmem_higher.replay_state import capture_rng, rng_restored
 from lowmem_higher.report import format_bytes
 from lowmem_higher.schedule import optimal_runs
-from lowmem_higher.structure import flatten
+from lowmem_higher.structure import flatten, unflatten
 from lowmem_higher.testing import live_bytes
 
 Loss = Callable[..., Tensor]
@@ -52,12 +52,13 @@ class PlannedSetting:
 
     Attributes:
         checkpoint_every: As in `innerloop_ctx`; None with `checkpoints`, and for the full unroll.
-        checkpoints: As in `innerloop_ctx`, with `steps` given.
+        checkpoints: As in `innerloop_ctx`, with `steps` given; with `memory_budget` as many as it has room for.
         peak_bytes: The most bytes alive at once, those of the model and of data that exist anyway not counted.
         first_order_runs: As `diffopt.report` will count them after one outer backward.
         second_order_runs: The same.
         seconds: Of the loop and the backward.
         code: The call of `innerloop_ctx`.
+        memory_budget: As in `innerloop_ctx`, with `steps` given: a part of the steps is unrolled.
     """
 
     checkpoint_every: int | None
@@ -67,10 +68,13 @@ class PlannedSetting:
     second_order_runs: int
     seconds: float
     code: str
+    memory_budget: int | None = None
 
     @property
     def label(self) -> str:
         """The keyword alone."""
+        if self.memory_budget is not None:
+            return f"memory_budget='{format_bytes(self.memory_budget).replace(' ', '')}'"
         if self.checkpoint_every is not None:
             return f"checkpoint_every={self.checkpoint_every}"
         return "full unroll" if self.checkpoints is None else f"checkpoints={self.checkpoints}"
@@ -173,7 +177,7 @@ def plan(
     loss: Loss,
     outer: Callable[[Any], Tensor] | None = None,
     override: Mapping[str, Sequence[Any]] | None = None,
-    memory_budget: int | str | None = None,
+    memory_budget: float | str | None = None,
 ) -> Plan:
     """Measure a few real steps and say what a run will take, in bytes, passes and seconds, under each setting.
 
@@ -191,7 +195,8 @@ def plan(
         loss: Computes the inner loss as your loop does; a scalar tensor.
         outer: `outer(fmodel)` computes the outer loss; by default it is taken to be as large as the inner one.
         override: As for `innerloop_ctx`.
-        memory_budget: Bytes, or a text such as "2GiB". None: 0.8 of what is free now on the device of the model.
+        memory_budget: Bytes, a text such as "2GiB", or a fraction of what is free now on the device of the model; None
+            is 0.8 of it.
 
     Returns:
         A `Plan`: `print` shows it as a table, `recommended` is the setting to use, as code.
@@ -223,14 +228,18 @@ def plan(
         True
     """
     _check_steps(steps)
-    budget = _free_bytes(model) if memory_budget is None else parse_bytes(memory_budget)
+    budget = _default_budget(model) if memory_budget is None else budget_bytes(memory_budget, model)
     run = _Run(model, opt, loss, batch, outer, override)
     with run.prepared():
         bytes_ = run.measure_bytes()
         seconds = run.measure_seconds()
+        sizes = run.measure_sizes()
     leaves: list[Any] = []
     flatten(batch, leaves)
     batch_bytes = sum({id(leaf): leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)}.values())
+    settings = [*_settings(steps, batch_bytes, bytes_, seconds)]
+    if budget is not None and sizes is not None and budget < settings[0].peak_bytes:
+        settings += _within(budget, sizes, steps, batch_bytes, bytes_, seconds)
     return Plan(
         steps=steps,
         carry_bytes=bytes_.carry,
@@ -241,7 +250,7 @@ def plan(
         second_order_seconds=seconds.second_order,
         unrolled_seconds=seconds.unrolled,
         budget_bytes=budget,
-        settings=tuple(_settings(steps, batch_bytes, bytes_, seconds)),
+        settings=tuple(settings),
     )
 
 
@@ -324,6 +333,39 @@ def _settings(steps: int, batch: int, bytes_: _Bytes, seconds: _Seconds) -> Iter
             yield PlannedSetting(None, checkpoints, peak, runs, steps, seconds.checkpointed(steps, runs), code)
 
 
+def _within(
+    budget: int, sizes: Sizes, steps: int, batch: int, bytes_: _Bytes, seconds: _Seconds
+) -> Iterator[PlannedSetting]:
+    """What `memory_budget` will do where the sizes of a step are known by its first step; see `budgeted.py`."""
+    try:
+        found = allot(budget, sizes, steps - 1, held=1)
+    except MemoryBudgetError:
+        return
+    if found.spare < (steps - 1 - found.unrolled) * sizes.batch:
+        return  # batches alone would fill it
+    unrolled, checkpoints = found.unrolled, found.checkpoints
+    before = 1 if unrolled else 0  # steps that are checkpointed apart from the last stretch
+    rest = steps - before - unrolled
+    peak = bytes_.full_unroll(unrolled, batch) + bytes_.kept
+    runs = before
+    if rest:
+        runs += optimal_runs(rest, checkpoints)
+        in_backward = carries_in_backward(rest, checkpoints=checkpoints)
+        in_loop = min(rest, checkpoints + 1)
+        later = bytes_.checkpointed(rest, batch, in_loop, *in_backward) + before * bytes_.kept
+        peak = max(peak, later + unrolled * (bytes_.unrolled + batch))
+    yield PlannedSetting(
+        None,
+        checkpoints,
+        peak,
+        runs,
+        steps,
+        seconds.checkpointed(steps - unrolled, runs) + unrolled * seconds.unrolled,
+        f"innerloop_ctx(model, opt, memory_budget={budget}, steps={steps})",
+        budget,
+    )
+
+
 class _Run:
     """Takes a few steps of the user's loop."""
 
@@ -350,10 +392,10 @@ class _Run:
     def _context(self, every: int | None, **settings: Any) -> Any:
         return innerloop_ctx(self._model, self._opt, override=self._override, checkpoint_every=every, **settings)
 
-    def _step(self, fmodel: Any, diffopt: Any) -> list[Tensor]:
+    def _step(self, fmodel: Any, diffopt: Any, args: Sequence[Any] | None = None) -> list[Tensor]:
         """Take one step; the weights that it made, since it may use a part of the model only."""
         before = list(fmodel.parameters())
-        diffopt.step(self._loss(fmodel, *self._args))
+        diffopt.step(self._loss(fmodel, *(self._args if args is None else args)))
         pairs = zip(fmodel.parameters(), before, strict=True)
         return [new for new, old in pairs if new is not old and new.grad_fn is not None]
 
@@ -417,6 +459,18 @@ class _Run:
             rest = memory.peak - sizes[1]
         unrolled_base = sizes[1] - 2 * unrolled
         return _Bytes(carry, base, kept, residue, loop, outer, first_graph, graph, unrolled, unrolled_base, rest)
+
+    def measure_sizes(self) -> Sizes | None:
+        """What `memory_budget` measures itself; it remembers them for the run."""
+        with self._context(None, memory_budget=1 << 60) as (fmodel, diffopt):
+            for _ in range(2):
+                leaves: list[Any] = []
+                structure = flatten(self._args, leaves)
+                with torch._C.DisableTorchFunction():  # the loop does not see how its batches are made
+                    new = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                self._step(fmodel, diffopt, unflatten(structure, iter(new)))
+            found: Sizes | None = diffopt._run.sizes
+        return found
 
     def measure_seconds(self) -> _Seconds:
         """Medians over warm loops."""
@@ -490,40 +544,6 @@ def _check_steps(steps: object) -> None:
         raise ValueError(f"steps={steps} must be at least 1: plan(model, opt, steps=1000, ...).")
 
 
-_UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate(["", "K", "M", "G", "T"])}}
-_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate(["K", "M", "G", "T"], 1)}
-
-
-def parse_bytes(amount: int | str) -> int:
-    """A number of bytes out of a number, or of a text with a unit.
-
-    Raises:
-        ValueError: It cannot be read, or is not above 0.
-
-    Example:
-        >>> parse_bytes("1.5 GiB"), parse_bytes("2MB"), parse_bytes(4096)
-        (1610612736, 2000000, 4096)
-    """
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([A-Z]*)", str(amount).strip().upper().replace("E", "e"))
-    try:
-        if found is not None and (size := int(float(found[1]) * _UNITS[found[2]])) > 0:
-            return size
-    except (KeyError, ValueError, OverflowError):
-        pass
-    raise ValueError(
-        f"memory_budget={amount!r} is no amount of memory; give bytes, or a text such as memory_budget='2GiB' "
-        "(B, KB, MB, GB, TB, KiB, MiB, GiB, TiB)."
-    )
-
-
-def _free_bytes(model: nn.Module) -> int | None:
-    """A share of what is free on the device of the model; None where that is not known."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(_FREE_SHARE * (torch.cuda.mem_get_info(device)[0] + unused))
-    table = Path("/proc/meminfo")
-    if device.type != "cpu" or sys.platform != "linux" or not table.exists():
-        return None
-    found = re.search(r"^MemAvailable: *(\d+) kB", table.read_text(encoding="ascii"), re.MULTILINE)
-    return None if found is None else int(_FREE_SHARE * 1024 * int(found[1]))
+def _default_budget(model: nn.Module) -> int | None:
+    free = free_bytes(model)
+    return None if free is None else int(_FREE_SHARE * free)

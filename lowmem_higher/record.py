@@ -144,6 +144,8 @@ class Recorder(TorchFunctionMode):
         self._busy = False  # inside a recorded call
         self._watcher: Watcher | None = None
         self._contexts = 0
+        self._recording = 0  # of these contexts; the others are paused
+        self._depth = 0  # of the mode among those of torch functions
         self.inner_leaves: TensorMap[bool] = TensorMap()  # made inside watched code, and requiring grad
         self.devices: set[torch.device] = set()
 
@@ -151,25 +153,40 @@ class Recorder(TorchFunctionMode):
 
     def enter(self) -> None:
         """A checkpointed context opens: the first one starts the recording."""
-        if self._contexts == 0:
-            intercepted_apply.push(self._apply)
-            super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         self._contexts += 1
+        self._depth = len(_get_current_function_mode_stack()) if self._recording == 0 else self._depth
+        self.resume()
 
     def leave(self, window: object) -> None:
         """A context closes, in whatever order contexts close: the last one ends the recording."""
         self._contexts -= 1
-        self._windows.pop(window, None)
+        self.pause(window)
         if self._contexts == 0:
-            _remove_mode(self)
-            intercepted_apply.remove(self._apply)
             for entries in (self._made, self._written, self._volatile, self._hooked, self._exposed, self.inner_leaves):
                 entries.clear()
+
+    def pause(self, window: object) -> None:
+        """The next steps of a context are not to be replayed: if no other one records, see nothing."""
+        self._windows.pop(window, None)
+        self._recording -= 1
+        if self._recording == 0:
+            self._depth = _get_current_function_mode_stack().index(self)
+            with _lifted_from(self._depth + 1):
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch's
+            intercepted_apply.remove(self._apply)
+
+    def resume(self) -> None:
+        """They are again: see the calls, from the same place among the modes, whatever was opened since."""
+        self._recording += 1
+        if self._recording == 1:
+            intercepted_apply.push(self._apply)
+            with _lifted_from(self._depth):
+                super().__enter__()  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def active(self) -> bool:
         """Whether torch calls made now are recorded."""
-        return self._contexts > 0 and self._watcher is None and not self._busy
+        return self._recording > 0 and self._watcher is None and not self._busy
 
     def start_window(self, window: object) -> int:
         """A step of this trajectory was taken: what was made until now is past for it. Returns the first new index."""
@@ -436,15 +453,17 @@ def _base(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
-def _remove_mode(mode: TorchFunctionMode) -> None:
-    """Take a mode off the stack of torch-function modes, also from below others."""
-    above = []
-    while (top := _get_current_function_mode_stack()[-1]) is not mode:
-        top.__exit__(None, None, None)
-        above.append(top)
-    mode.__exit__(None, None, None)
-    for other in reversed(above):
-        other.__enter__()
+@contextmanager
+def _lifted_from(depth: int) -> Iterator[None]:
+    """The torch-function modes from this place on are off the stack inside the block."""
+    above = _get_current_function_mode_stack()[depth:]
+    for mode in reversed(above):
+        mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        for mode in above:
+            mode.__enter__()
 
 
 # Calls whose results are no tensors, or tensors that are not made by them.

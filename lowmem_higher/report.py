@@ -36,6 +36,7 @@ class Report:
         journal_bytes: Bytes of the journals that are alive: inner gradients, and buffers.
         stored_bytes: Bytes of kept carries that are in host memory or on disk now, by `store`.
         stored_peak_bytes: The most that were there at once.
+        unrolled_steps: Steps whose graphs were kept, by `memory_budget` or in a full unroll.
         timeline: What was held when, as `(phase, step, bytes)`: carries alive and externals, after each step of the
             loop ("forward") and while it is differentiated ("backward"). At most 1,000 samples: of a longer run each
             is the largest of a stretch. Empty for the full unroll.
@@ -69,6 +70,7 @@ class Report:
     journal_bytes: int = 0
     stored_bytes: int = 0
     stored_peak_bytes: int = 0
+    unrolled_steps: int = 0
     timeline: Sequence[Sample] = ()
 
     def __post_init__(self) -> None:
@@ -106,8 +108,9 @@ class Report:
     def __repr__(self) -> str:
         journal = f"\n  journal: {format_bytes(self.journal_bytes)}; {self.update_runs} update runs"
         stored = f"\n  stored: {format_bytes(self.stored_bytes)}, {format_bytes(self.stored_peak_bytes)} at most"
+        unrolled = f", {self.unrolled_steps} of them unrolled" if 0 < self.unrolled_steps < self.steps else ""
         return (
-            f"Report: {self.steps} steps; {self.first_order_runs} first-order and {self.second_order_runs} "
+            f"Report: {self.steps} steps{unrolled}; {self.first_order_runs} first-order and {self.second_order_runs} "
             f"second-order runs\n  checkpoints: {self.checkpoints_held} held, {self.checkpoints_peak} at most, "
             f"{format_bytes(self.carry_bytes)} each; carries took {format_bytes(self.carries_peak_bytes)} at most\n"
             f"  externals: {format_bytes(self.externals_bytes)}\n"

@@ -172,6 +172,19 @@ class Bounded:
             return None
         return held[_best_merge(_gaps(held, steps), self.checkpoints)[1] + 1]
 
+    def excess(self, steps: int, held: Sequence[int]) -> list[int]:
+        """After `steps` steps with more carries `held` than there are slots from now on: which are given up, in order.
+
+        Example:
+            >>> Bounded(2).excess(6, range(6))
+            [5, 1, 2]
+        """
+        held, gone = list(held), list[int]()
+        while len(held) > self.checkpoints + 1:
+            gone.append(held[_best_merge(_gaps(held, steps), len(held) - 1)[1] + 1])
+            held.remove(gone[-1])
+        return gone
+
     def on_the_way(self, start: int, stop: int, held: int) -> list[int]:
         """Those of the optimal reversal with the slots that are free."""
         return _splits(start, stop - start + 1, self.checkpoints - held + 1)

@@ -7,13 +7,14 @@ import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowmem_higher.budget import Sizes
 from lowmem_higher.carries import Carries
 from lowmem_higher.custom_rules import advance_first, is_custom
 from lowmem_higher.errors import ExternalModifiedError, RecordError
@@ -36,7 +37,7 @@ from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, in
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
-from lowmem_higher.schedule import Schedule
+from lowmem_higher.schedule import Bounded, Schedule
 from lowmem_higher.step import (
     Carry,
     Journal,
@@ -53,6 +54,7 @@ from lowmem_higher.step import (
     with_state_leaves,
 )
 from lowmem_higher.structure import flatten
+from lowmem_higher.testing import live_bytes
 from lowmem_higher.truncation import LastSteps
 from lowmem_higher.watch import Watcher
 
@@ -101,8 +103,9 @@ class Trajectory:
         self._recorder = recorder
         self._carries = Carries(schedule, self.ledger, store)
         strategies: dict[str, type[NativeReplay] | type[TorchReplay]] = {"native": NativeReplay, "torch": TorchReplay}
-        count = self.ledger.count_first_order if optimizer.first_order else self.ledger.count_second_order
-        self._replay: Replay = strategies[replay](count)
+        once, twice = self.ledger.count_first_order, self.ledger.count_second_order
+        self._count_pullback = once if optimizer.first_order else twice
+        self._replay: Replay = strategies[replay](self._count_pullback)
         self._verify = verify
         self._programs: dict[StepProgram, StepProgram] = {}
         self._layouts: dict[Layout, Layout] = {}
@@ -118,7 +121,7 @@ class Trajectory:
         self._window = 0
         self._since = 0
         self._window_buffers = BufferState(())
-        self._open = False
+        self._open = self._paused = False
         self._entered = time.perf_counter()
 
     def open(self) -> None:
@@ -129,6 +132,8 @@ class Trajectory:
 
     def close(self) -> None:
         """The context is left. The graph stays usable."""
+        if self._paused:
+            self._recorder.resume()
         self._recorder.leave(self)
         self._open = False
         self._carries.close()
@@ -139,8 +144,62 @@ class Trajectory:
         """What the run has cost so far."""
         return self.ledger.report()
 
+    # Steps of the full unroll in between, see `budgeted.py`
+
+    def pause(self, fmodel: FunctionalModule) -> None:
+        """The next steps are unrolled: nothing is recorded."""
+        fmodel._view.caller = None
+        self._paused = True
+        if self._open:
+            self._recorder.pause(self)
+
+    def resume(self, fmodel: FunctionalModule) -> None:
+        """Those after them are checkpointed again."""
+        fmodel._view.caller = self._live
+        self._window_buffers = self._live.current_buffers(fmodel)
+        self._paused = False
+        if self._open:
+            self._recorder.resume()
+            self._start_window()
+
     def count_step(self) -> None:
-        """The full unroll's way to count; this trajectory counts its own steps."""
+        """A step was unrolled."""
+        self.ledger.count_unrolled(twice=not self._rules.first_order)
+        self._progress.step(self.ledger.steps)
+        self.ledger.forward_seconds = time.perf_counter() - self._entered
+
+    def schedule(self, schedule: Schedule) -> None:
+        """From now on, hold carries as this one says."""
+        self._carries.schedule(schedule)
+
+    def shrink(self, schedule: Bounded) -> None:
+        """The same where this one has fewer slots than carries are held."""
+        self._carries.shrink(schedule, self._newest())
+
+    def kind_of_step(self) -> Hashable:
+        """What the bytes of the last step depend on, as far as a step shows it."""
+        record = self._newest()
+        tensors = [*record.externals, *self._carries.before(record).weights]
+        shown = [(tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors]
+        layout, rules = record.layout, self._rules
+        numbers = repr(record.numbers)  # where a batch is a slice, its size
+        return (type(rules), rules.first_order, str(record.program), numbers, *shown, layout.weights_in)
+
+    def measure_step(self) -> Sizes:
+        """Run the last step again, and pull it back, to see what that takes."""
+        record = self._newest()
+        with self._recorder.watching(None), torch.enable_grad(), live_bytes() as memory:
+            graph = NativeReplay(self._count_pullback).graph(record, self)
+            weights = len(record.layout.weights_out)
+            graph.outputs[:weights] = [out.clone() if out._is_view() else out for out in graph.outputs[:weights]]
+            held = memory.current
+            graph.pull_back([torch.ones_like(output) for output in graph.outputs])
+            pullback = memory.peak
+        return Sizes(self._carries.before(record).nbytes, held, pullback, self.ledger.newest_externals_bytes)
+
+    def _newest(self) -> StepRecord:
+        assert self._tail is not None
+        return self._tail
 
     # Taking steps
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import lowmem_higher as higher
 from lowmem_higher import Plan
-from lowmem_higher.plan import PlannedSetting, carries_in_backward, parse_bytes
+from lowmem_higher.budget import parse_budget
+from lowmem_higher.plan import PlannedSetting, carries_in_backward
 from lowmem_higher.schedule import Drop, Keep, Periodic, PullBack, Revolve, Schedule, actions, first_order_runs
 from lowmem_higher.testing import live_bytes
 
@@ -420,7 +421,7 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatc
     ],
 )
 def test_amounts_of_memory(text: Any, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert parse_budget(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "2 GiBs", "-1GiB", 0, "two", "1.2.3MB", True])

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from loops import Cube, Run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem_higher import LowmemError
+from lowmem_higher import LowmemError, budgeted
+from lowmem_higher.budget import Allotment
 
 EXAMPLES = int(os.environ.get("RANDOM_LOOPS", "0"))
 SIZE = (4, 3)
@@ -418,6 +420,7 @@ class Spec:
             "bounded": {"checkpoints": min(self.every, 3)},
             "known": {"checkpoints": min(self.every, 3), "steps": self.steps},
             "journal": {"checkpoints": min(self.every, 3), "journal": True},
+            "budget": {"memory_budget": 1 << 40},
         }[self.schedule]
         return {**kept, "replay": self.replay}
 
@@ -526,7 +529,7 @@ specs = st.builds(
     by_function=st.booleans(),
     edges=st.booleans(),
     copied=st.booleans(),
-    schedule=st.sampled_from(["periodic", "periodic", "bounded", "known", "journal"]),
+    schedule=st.sampled_from(["periodic", "periodic", "bounded", "known", "journal", "budget"]),
 )
 
 
@@ -549,7 +552,9 @@ def check(spec: Spec) -> None:
     assert scale > 0
     names = [OPERATIONS[code].__name__ for pattern in spec.patterns for code, _, _ in pattern]
     note(f"{names}")
-    found = gradients(spec, **spec.setting)
+    shared = Allotment(unrolled=min(spec.every, 3), checkpoints=min(spec.every, 3), spare=0)
+    with mock.patch.object(budgeted, "allot", return_value=shared):
+        found = gradients(spec, **spec.setting)
     assert found.keys() == expected.keys()
     for name, reference in expected.items():
         gradient = found[name]

@@ -32,6 +32,7 @@ FIELDS = [
     "journal_bytes",
     "stored_bytes",
     "stored_peak_bytes",
+    "unrolled_steps",
     "timeline",
 ]
 NOT_COUNTS = ("forward_seconds", "backward_seconds", "timeline")
@@ -129,6 +130,7 @@ def test_the_full_unroll_reports_too(tracked: bool) -> None:
     assert counts(report) == {
         **counts(Report()),
         "steps": 4,
+        "unrolled_steps": 4,
         "first_order_runs": 0 if tracked else 4,
         "second_order_runs": 4 if tracked else 0,
     }
