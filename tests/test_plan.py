@@ -86,7 +86,7 @@ def keywords(row: PlannedSetting, steps: int) -> dict[str, int]:
 
 
 def run(
-    problem: Problem, count: int, outer: Callable[[Any], Tensor] | None = None, **settings: Any
+    problem: Problem, count: int, outer: Callable[[Any], Tensor] | None = None, /, **settings: Any
 ) -> tuple[int, higher.Report]:
     context = higher.innerloop_ctx(problem.model, problem.optimizer, **settings)
     with live_bytes() as memory, context as (fmodel, diffopt):
@@ -119,6 +119,29 @@ def test_peak_is_predicted_to_a_tenth_and_passes_exactly(make: Callable[[], Prob
         assert row.second_order_runs == report.second_order_runs == steps, row.label
         if row.label != "full unroll":
             assert found.carry_bytes == report.carry_bytes
+
+
+@pytest.mark.parametrize(
+    ("make", "share"),
+    [(mlp_with_adam, 0.3), (mlp_with_adam, 0.95), (conv_with_batch_norm, 0.5), (frozen_with_dropout, 0.7)],
+)
+def test_what_a_budget_will_do_is_predicted_too(make: Callable[[], Problem], share: float) -> None:
+    problem, steps = make(), 33
+
+    def planned(budget: int) -> PlannedSetting:
+        arguments: dict[str, Any] = {"steps": steps, "batch": problem.fresh(), "loss": problem.loss}
+        found = higher.plan(problem.model, problem.optimizer, **arguments, memory_budget=budget)
+        return found.settings[-1] if budget < found.settings[0].peak_bytes else found.settings[0]
+
+    whole = planned(1 << 40).peak_bytes
+    row = planned(int(share * whole))
+    assert row.memory_budget == int(share * whole)
+    assert row.code == f"innerloop_ctx(model, opt, memory_budget={row.memory_budget}, steps=33)"
+    peak, report = run(problem, steps, memory_budget=row.memory_budget, steps=steps)
+    assert peak <= row.memory_budget
+    assert row.peak_bytes == pytest.approx(peak, rel=0.1)
+    assert row.first_order_runs == report.first_order_runs
+    assert row.second_order_runs == report.second_order_runs == steps
 
 
 @pytest.mark.parametrize("steps", [4, 7])
