@@ -43,8 +43,10 @@ class Carries(Protocol):
     def weights_after(self, record: StepRecord) -> list[Tensor]:
         """The fast weights that a step ended with."""
 
-    def pull_back(self, record: StepRecord, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of a step's inputs."""
+    def pull_back(
+        self, record: StepRecord, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of those of a step's inputs that are wanted."""
 
     def keep(self, carry: Carry) -> Carry:
         """Count a carry that a replay holds."""
@@ -82,11 +84,26 @@ class StepNode(torch.autograd.Function):
         record = ctx.record
         if record is None:
             raise freed_error()
-        grads = ctx.carries.pull_back(record, cotangents)
+        grads = ctx.carries.pull_back(record, cotangents, wanted_inputs(ctx.next_functions))
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.record = None
             ctx.carries.spent(record)
         return (None, None, None, *grads)
+
+
+def wanted_inputs(edges: Sequence[tuple[Any, int]]) -> list[bool]:
+    """Which inputs of the node that runs now lead to something whose gradient this backward is for.
+
+    At the first step these are often meta-parameters alone, which saves the Hessian-vector product with the weights.
+    """
+    found: dict[Any, bool] = {None: False}
+    for function, _ in edges:
+        if function not in found:
+            try:
+                found[function] = torch._C._will_engine_execute_node(function)
+            except RuntimeError:  # torch cannot say of a leaf
+                found[function] = True
+    return [found[function] for function, _ in edges]
 
 
 def refuse_higher_order() -> None:
@@ -111,6 +128,8 @@ def attach(
     carries: Carries, record: StepRecord, outputs: list[Tensor], inputs: list[Tensor]
 ) -> tuple[tuple[Tensor, ...], PastWeights]:
     """Put a step into the graph; returns its outputs with their place in the graph, and the weights of its time."""
+    carried = len(record.layout.weights_in) + len(record.layout.state_in)
+    inputs = [leaf.view_as(leaf) if leaf.is_leaf else leaf for leaf in inputs[:carried]] + inputs[carried:]
     counter = itertools.count()
     recompute = functools.partial(_weight_after, carries, weakref.ref(record))  # held by the node until it lets go
     with torch.enable_grad(), saved_tensors_hooks(lambda _: next(counter), recompute):
@@ -153,17 +172,19 @@ class StepGraph:
     outputs: list[Tensor]
     carry: Carry | None = None  # what the graph starts from, where it is held for it
 
-    def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The vector-Jacobian product, once."""
+    def pull_back(self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """The vector-Jacobian product, once, as far as it is wanted."""
         pairs = [
             (output, cotangent)
             for output, cotangent in zip(self.outputs, cotangents, strict=True)
             if cotangent is not None and output.requires_grad
         ]
-        if not pairs or not self.inputs:
+        inputs = list(itertools.compress(self.inputs, wanted))
+        if not pairs or not inputs:
             return [None] * len(self.inputs)
         outputs, vectors = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(outputs, self.inputs, vectors, allow_unused=True))
+        found = iter(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True))
+        return [next(found) if asked else None for asked in wanted]
 
 
 class Replay(Protocol):

@@ -193,7 +193,7 @@ class Trajectory:
             weights = len(record.layout.weights_out)
             graph.outputs[:weights] = [out.clone() if out._is_view() else out for out in graph.outputs[:weights]]
             held = memory.current
-            graph.pull_back([torch.ones_like(output) for output in graph.outputs])
+            graph.pull_back([torch.ones_like(output) for output in graph.outputs], [True] * len(graph.inputs))
             pullback = memory.peak
         return Sizes(self._carries.before(record).nbytes, held, pullback, self.ledger.newest_externals_bytes)
 
@@ -543,8 +543,10 @@ class Trajectory:
 
     # Going back
 
-    def pull_back(self, record: StepRecord, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of a step's inputs, from the cotangents of its outputs."""
+    def pull_back(
+        self, record: StepRecord, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of those of a step's inputs that are wanted, from the cotangents of its outputs."""
         started = time.perf_counter()
         if record is self._tail:
             self._mark_end(record)
@@ -556,7 +558,7 @@ class Trajectory:
                 graph = self._replay.graph(record, self)
             self.ledger.sample("backward", record.time)
             with self._recorder.watching(None):
-                grads = graph.pull_back(cotangents)
+                grads = graph.pull_back(cotangents, wanted)
         except BaseException:
             self._progress.close()
             raise
