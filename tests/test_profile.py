@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,8 +178,38 @@ def test_meters_start_again_after_each_look() -> None:
     with LiveBytes() as live:
         torch.zeros(1000)
         assert (live.take(), live.take()) == (4000, 0)
-    resident = ResidentBytes()
-    assert resident.take() >= resident.now() // 2 > 0
+        torch.zeros(1000)
+        profile = Profile([live])
+        with profile.watching():
+            torch.zeros(100)
+    assert profile.before.peaks == {"live bytes": 400}
+
+
+def test_the_resident_size_is_the_largest_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([5, 9, 7, 6, 6])
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(sizes)))
+    monkeypatch.setattr("psutil.Process", lambda: process)
+    meter = ResidentBytes()
+    assert (meter.now(), meter.now(), meter.take(), meter.take(), meter.take()) == (5, 9, 9, 7, 6)
+
+
+def test_what_comes_after_a_step_is_the_backward_of_that_loop() -> None:
+    live = LiveBytes()
+    profile = Profile([live])
+    with live, profile.watching():
+        (one, opt, x), (other, other_opt, _) = problem(), problem()
+        with (
+            higher.innerloop_ctx(one, opt, checkpoint_every=2) as (fone, first),
+            higher.innerloop_ctx(other, other_opt) as (fother, second),
+        ):
+            second.step(fother(x).mean())
+            first.step(fone(x).mean())
+            torch.zeros(250_000)
+    assert profile.largest is not None
+    assert profile.largest.number == 1
+    assert MB <= profile.largest.backward.peaks["live bytes"] < 1.1 * MB
+    assert profile.last is not None
+    assert profile.last.backward.peaks == {}
 
 
 def test_a_script_that_imports_higher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
