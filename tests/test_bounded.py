@@ -217,12 +217,14 @@ def test_ten_carries_serve_ten_times_the_steps_in_the_same_memory() -> None:
         model = line()
         opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         resident = torch.randn(4, 64)
-        with live_bytes() as live:
-            with higher.innerloop_ctx(model, opt, copy_initial_weights=False, checkpoints=10) as (fnet, dopt):
-                for _ in range(steps):
-                    dopt.step((fnet(torch.randn(4, 64) if fresh else resident) - 1).square().mean())
-                externals = dopt.report.externals_bytes
-                grads = torch.autograd.grad(fnet(resident).square().mean(), list(model.parameters()))
+        with (
+            live_bytes() as live,
+            higher.innerloop_ctx(model, opt, copy_initial_weights=False, checkpoints=10) as (fnet, dopt),
+        ):
+            for _ in range(steps):
+                dopt.step((fnet(torch.randn(4, 64) if fresh else resident) - 1).square().mean())
+            externals = dopt.report.externals_bytes
+            grads = torch.autograd.grad(fnet(resident).square().mean(), list(model.parameters()))
         assert all(grad.norm() > 0 for grad in grads)
         assert dopt.report.first_order_runs == first_order_runs(Bounded(10), steps)
         assert dopt.report.second_order_runs == steps
