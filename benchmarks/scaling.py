@@ -67,6 +67,7 @@ class Cell:
     seconds: float | None = None
     model_calls: int | None = None
     gradient_norm: float | None = None
+    difference: float | None = None  # relative, to the gradient of the first setting that was run at this T
     first_order_runs: int | None = None
     second_order_runs: int | None = None
     carry_bytes: int | None = None
@@ -121,8 +122,8 @@ def one_step(problem: Problem) -> int:
     return memory.peak
 
 
-def measure(setting: Setting | str, problem: Problem, steps: int) -> Cell:
-    """A measured cell."""
+def measure(setting: Setting | str, problem: Problem, steps: int, references: dict[int, Tensor]) -> Cell:
+    """A measured cell; its gradient becomes the reference of this T, or is compared with it."""
     gc.collect()
     if isinstance(setting, str):
         calls, start = CountedModel.calls, time.perf_counter()
@@ -134,7 +135,7 @@ def measure(setting: Setting | str, problem: Problem, steps: int) -> Cell:
         peak, done = common.measure_peak(setting, problem, steps)
         gradient = done.gradient
         cell = Cell(
-            setting.name, steps, peak, False, done.seconds, done.model_calls, None,
+            setting.name, steps, peak, False, done.seconds, done.model_calls, None, None,
             *(done.report.get(key) for key in (
                 "first_order_runs", "second_order_runs", "carry_bytes", "stored_peak_bytes"
             )),
@@ -142,6 +143,7 @@ def measure(setting: Setting | str, problem: Problem, steps: int) -> Cell:
     cell.gradient_norm = float(gradient.norm())
     if not (math.isfinite(cell.gradient_norm) and cell.gradient_norm > 0):
         raise RuntimeError(f"the gradient's norm is {cell.gradient_norm}: nothing was differentiated")
+    cell.difference = common.relative_difference(gradient, references.setdefault(steps, gradient))
     return cell
 
 
@@ -220,6 +222,7 @@ def table(cells: list[Cell], show: Callable[[Cell], str]) -> str:
 
 def section(result: dict[str, Any], cells: list[Cell]) -> str:
     """What the README shows."""
+    worst = max((cell.difference or 0.0 for cell in cells), default=0.0)
     verdicts = "\n".join(
         f"- {name}: {law['found']:.4g}, at most {law['at most']:g}: "
         f"{'met' if law['found'] <= law['at most'] else '**missed**'}"
@@ -234,6 +237,7 @@ def section(result: dict[str, Any], cells: list[Cell]) -> str:
             table(cells, lambda cell: f"{'~' if cell.computed else ''}{common.format_bytes(cell.peak_bytes)}"),
             "Passes per inner step, first-order and second-order together, the loop's included:",
             table(cells, lambda cell: "" if cell.computed else f"{passes(cell):.2f}"),
+            f"Gradients of settings with the same T differ by at most {worst:.0e}, relative to the norm, in float32.",
             "Seconds, slowed down by the counting of live bytes:",
             table(cells, lambda cell: "" if cell.seconds is None else f"{cell.seconds:.1f}"),
             verdicts,
@@ -274,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     problem = common.one_layer()
     saved = None if arguments.out is None else arguments.out / "scaling.json"
     cells: list[Cell] = []
+    references: dict[int, Tensor] = {}
     if arguments.resume and saved is not None and saved.exists():
         cells = [Cell(**cell) for cell in json.loads(saved.read_text())["cells"] if not cell["computed"]]
     result: dict[str, Any] = {
@@ -289,7 +294,11 @@ def main(argv: list[str] | None = None) -> int:
         for name in arguments.settings:
             if any((cell.setting, cell.steps) == (name, steps) for cell in cells):
                 continue
-            cell = measure(ways[name], problem, steps) if steps <= longest(name) else computed(name, steps, cells)
+            cell = (
+                measure(ways[name], problem, steps, references)
+                if steps <= longest(name)
+                else computed(name, steps, cells)
+            )
             if cell is None:
                 continue
             cells.append(cell)
