@@ -233,21 +233,30 @@ def scaling(result: dict[str, Any], path: Path) -> None:
 
 
 def profile_memory(result: dict[str, Any], path: Path) -> None:
-    """A pair of bars for each setting: the peak in the loop and in the backward."""
+    """A pair of dots for each setting: the peak in the loop and in the backward."""
     rows = [row for row in result["rows"] if row["peak"] is not None]
-    figure, axes = plt.subplots(figsize=(8.6, 0.55 * len(rows) + 1.6))
-    for offset, phase, color in ((-0.2, "loop", "#1f6fb4"), (0.2, "backward", "#e08e0b")):
-        bars = axes.barh(
-            [place + offset for place in range(len(rows))],
-            [row["peak"][phase] for row in rows],
-            height=0.36, color=color, label=phase,
-        )  # fmt: skip
-        axes.bar_label(bars, [_bytes(row["peak"][phase]) for row in rows], padding=4, fontsize=8, color=INK)
+    figure, axes = plt.subplots(figsize=(8.6, 0.45 * len(rows) + 1.6))
+    for offset, phase, color in ((-0.16, "loop", "#1f6fb4"), (0.16, "backward", "#e08e0b")):
+        places = [place + offset for place in range(len(rows))]
+        peaks = [row["peak"][phase] for row in rows]
+        axes.plot(peaks, places, linestyle="none", marker="o", markersize=6, color=color, label=phase)
+        for peak, place in zip(peaks, places, strict=True):
+            axes.annotate(
+                _bytes(peak),
+                (peak, place),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
     axes.set_yticks(range(len(rows)), [row["setting"] for row in rows])
     axes.invert_yaxis()
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
     axes.margins(x=0.12)
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.set_xlabel(f"peak, {result['meter']}")

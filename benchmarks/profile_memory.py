@@ -8,8 +8,9 @@ Peaks by phase of the 3-layer net of `memory_scaling.py`, for the full unroll, p
 on the host and on disk, and journals. Each figure comes from a process of its own, which runs a few steps first, for
 all that is made once. On a CPU there are two processes for each setting. One counts live bytes, and is slow. The other
 samples the resident size (psutil), which has autograd's nodes, Python's objects and what the allocator keeps as well,
-and it gives the seconds. With `--device cuda` it is the allocator's peak (`torch.cuda.max_memory_allocated`), and a
-file `profile_memory_SETTING.pickle` beside the JSON has the history of each allocation, for pytorch.org/memory_viz.
+though not pages that the first steps left free; it gives the seconds. With `--device cuda` it is the allocator's peak
+(`torch.cuda.max_memory_allocated`), and a file `profile_memory_SETTING.pickle` beside the JSON has the history of each
+allocation, for pytorch.org/memory_viz.
 
 All figures are above what was there before the run: the model's weights and the data do not count.
 A full unroll whose peak would be above 0.7 of the available memory is not run; two short ones tell.

@@ -35,7 +35,7 @@ class Meter(Protocol):
 
 
 class LiveBytes(live_bytes):
-    """Tensor storages: exact between two looks, but for storages that were resized in place."""
+    """Tensor storages, exact; a storage that is resized in place counts when somebody reads `current`."""
 
     name = "live bytes"
 

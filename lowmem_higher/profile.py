@@ -4,7 +4,8 @@ NOTE [ Phases ]
 A mark is set when an inner loop begins and after each of its steps, and meters are read at marks. What was between two
 marks belongs to the loop, if the second one is a step; else to the *backward* of the loop that had the first one. So
 "backward" reaches from a loop's last step until the next loop begins or the script ends. Which step was the last is
-known only then; hence a reading at every step.
+known only then; hence a reading at every step. Seconds are those of the thread that runs the loop, which on a GPU runs
+ahead of the device.
 
 A profile holds no tensor and no trajectory: what it measures lives exactly as long as without it.
 """
