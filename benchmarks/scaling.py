@@ -253,12 +253,12 @@ def parse(argv: list[str] | None, names: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", type=int, default=[100, 200, 1000, 10_000, 100_000], help="inner steps T")
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--resume", action="store_true", help="keep the cells that are saved, run the others")
-    parser.add_argument("--quick", action="store_true", help="smoke test: T up to 200, writes only with --out")
+    parser.add_argument("--quick", action="store_true", help="smoke test: T up to 50, writes only with --out")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture; benchmarks/results when not --quick")
     parser.add_argument("--no-readme", action="store_true", help="leave the tables of benchmarks/README.md as they are")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.steps, arguments.no_readme = [50, 100, 200], True
+        arguments.steps, arguments.no_readme = [25, 50], True
     elif arguments.out is None:
         arguments.out = common.RESULTS
     if min(arguments.steps) < 1:
