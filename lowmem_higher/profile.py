@@ -28,7 +28,7 @@ from lowmem_higher.meters import Meter, Sampler
 from lowmem_higher.report import Report, format_bytes
 from lowmem_higher.trajectory import Trajectory
 
-_COUNTS = ("steps", "first_order_runs", "second_order_runs", "update_runs")
+_COUNTS = ("steps", "first_order_runs", "second_order_runs", "update_runs", "unrolled_steps")
 _SPANS = 200  # loops that a picture shows; with more of them it shows none
 
 
