@@ -61,7 +61,6 @@ def measure(
         "peak": {phase: getattr(inner, phase).peaks[how] - begun for phase in PHASES},
         "seconds": {"loop": done.forward_seconds, "backward": done.seconds - done.forward_seconds},
         "report": {key: value for key, value in report.as_dict().items() if key != "timeline"},
-        "samples": [[seconds, size - begun] for seconds, (size,) in profile.samples],
     }
 
 
@@ -85,7 +84,7 @@ def row_of(setting: Setting, arguments: argparse.Namespace, folder: Path | None,
     if how == "CUDA allocator" and folder is not None:
         snapshot = folder / f"profile_memory_{re.sub('[^a-z0-9]+', '_', setting.name.lower()).strip('_')}.pickle"
     first = in_a_process(setting.name, how, arguments.steps, *size, snapshot)
-    row |= {"peak": first["peak"], "seconds": first["seconds"], "report": first["report"], "samples": first["samples"]}
+    row |= {"peak": first["peak"], "seconds": first["seconds"], "report": first["report"]}
     if how == "live bytes":
         second = in_a_process(setting.name, "resident size", arguments.steps, *size, None)
         row |= {"resident": second["peak"], "seconds": second["seconds"]}
