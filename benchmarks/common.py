@@ -12,6 +12,7 @@ That pass runs first and is the warm-up of the timed ones.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import json
@@ -20,6 +21,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +121,27 @@ def mlp(seed: int = 0, width: int = 512, batch: int = 512, name: str = "mlp512")
     return _classification(name, description, body, batch, (width,), 10, 0.01)
 
 
+def one_layer(seed: int = 0) -> Problem:
+    """One tanh layer, 64 inputs, 32 outputs, batch 16: the least time of a step, for the longest loops."""
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Tanh())
+
+    def draw() -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(16, 64)
+        return inputs, torch.sin(inputs[:, :32])
+
+    batches = [draw() for _ in range(NUMBER_OF_BATCHES)]
+    return Problem(
+        "one layer",
+        "one tanh layer of 64 x 32 weights, batch 16",
+        CountedModel(body),
+        batches,
+        draw(),
+        F.mse_loss,
+        0.01,
+    )
+
+
 def conv4(seed: int = 0) -> Problem:
     """4 convolutions of 64 channels with BatchNorm (MAML's net) on 28x28 images, batch 25 (5 classes)."""
     torch.manual_seed(seed)
@@ -176,6 +199,36 @@ def square_root(steps: int) -> int:
     return math.ceil(math.sqrt(steps))
 
 
+@functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for carries on disk, which goes when Python ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The library under some keywords of `innerloop_ctx`."""
+
+    name: str
+    keywords: Callable[[int], dict[str, Any]]  # of the number of steps
+    library: str = "lowmem_higher"
+
+
+SETTINGS = (
+    Setting("full unroll", lambda steps: {}),
+    Setting("N=10", lambda steps: {"checkpoint_every": 10}),
+    Setting("N=sqrt(T)", lambda steps: {"checkpoint_every": square_root(steps)}),
+    Setting("s=10", lambda steps: {"checkpoints": 10}),
+    Setting("s=30", lambda steps: {"checkpoints": 30}),
+    Setting("s=100", lambda steps: {"checkpoints": 100}),
+    Setting("s=10, T known", lambda steps: {"checkpoints": 10, "steps": steps}),
+    Setting("s=30, T known", lambda steps: {"checkpoints": 30, "steps": steps}),
+    Setting("s=100, T known", lambda steps: {"checkpoints": 100, "steps": steps}),
+    Setting("host, s=100", lambda steps: {"checkpoints": 100, "store": "host"}),
+    Setting("disk, s=100", lambda steps: {"checkpoints": 100, "store": scratch().name}),
+    Setting("journal, N=sqrt(T)", lambda steps: {"checkpoint_every": square_root(steps), "journal": True}),
+)
+
 HIGHER = Rival("higher", "higher")
 UNROLL = Rival("full unroll", "lowmem_higher")
 NATIVE_TEN = Rival("native", "lowmem_higher", ten)
@@ -213,7 +266,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def run(rival: Rival, problem: Problem, steps: int, inner_optimizer: str = "sgd") -> Run:
+def run(rival: Rival | Setting, problem: Problem, steps: int, inner_optimizer: str = "sgd") -> Run:
     """Train for `steps` inner steps and differentiate the outer loss: the one loop of all rivals.
 
     The outer gradient is taken with respect to the initial weights and a learnable learning rate.

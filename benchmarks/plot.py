@@ -167,12 +167,112 @@ def memory_scaling(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+SCALING = {
+    "higher": "#c0392b",
+    "by hand, not re-entrant": "#8a8a8a",
+    "by hand": "#444444",
+    "N=10": "#1f6fb4",
+    "N=sqrt(T)": "#14876b",
+    "s=10": "#7d5ba6",
+    "s=30": "#a64d79",
+    "s=100": "#e08e0b",
+    "disk, s=100": "#6aa84f",
+    "journal, N=sqrt(T)": "#00a0b0",
+}
+SCALING_LEGEND = {
+    "by hand": "torch.utils.checkpoint by hand",
+    "by hand, not re-entrant": "the same, use_reentrant=False",
+    "N=10": "checkpoint_every=10",
+    "N=sqrt(T)": "checkpoint_every=sqrt(T)",
+    "s=10": "checkpoints=10",
+    "s=30": "checkpoints=30",
+    "s=100": "checkpoints=100",
+    "disk, s=100": "checkpoints=100 on disk",
+    "journal, N=sqrt(T)": "the same, journal=True",
+}
+
+
+def scaling(result: dict[str, Any], path: Path) -> None:
+    """Peak bytes and passes per step against inner steps, a line for each setting whose T is not told."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    cells = result["cells"]
+    for setting, color in SCALING.items():
+        mine = [cell for cell in cells if cell["setting"] == setting]
+        if not mine:
+            continue
+        label = SCALING_LEGEND.get(setting, setting)
+        left.plot([cell["steps"] for cell in mine], [cell["peak_bytes"] for cell in mine], color=color, label=label)
+        for computed in (False, True):
+            some = [cell for cell in mine if cell["computed"] is computed]
+            left.plot(
+                [cell["steps"] for cell in some],
+                [cell["peak_bytes"] for cell in some],
+                linestyle="none", marker="o", markersize=5, color=color, markerfacecolor="white" if computed else color,
+            )  # fmt: skip
+        done = [cell for cell in mine if not cell["computed"]]
+        counts = [
+            cell["first_order_runs"] + cell["second_order_runs"] if cell["first_order_runs"] else cell["model_calls"]
+            for cell in done
+        ]
+        right.plot(
+            [cell["steps"] for cell in done],
+            [count / cell["steps"] for count, cell in zip(counts, done, strict=True)],
+            color=color, marker="o", markersize=5,
+        )  # fmt: skip
+    for axes in (left, right):
+        _clean(axes, sorted({cell["steps"] for cell in cells}))
+        axes.set_xlabel("inner steps T")
+    _byte_axis(left)
+    left.set_ylabel("peak live bytes (hollow: computed)")
+    right.set_ylim(bottom=0)
+    right.set_ylabel("passes per inner step, the loop's included")
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def profile_memory(result: dict[str, Any], path: Path) -> None:
+    """A pair of dots for each setting: the peak in the loop and in the backward."""
+    rows = [row for row in result["rows"] if row["peak"] is not None]
+    figure, axes = plt.subplots(figsize=(8.6, 0.45 * len(rows) + 1.6))
+    for offset, phase, color in ((-0.16, "loop", "#1f6fb4"), (0.16, "backward", "#e08e0b")):
+        places = [place + offset for place in range(len(rows))]
+        peaks = [row["peak"][phase] for row in rows]
+        axes.plot(peaks, places, linestyle="none", marker="o", markersize=6, color=color, label=phase)
+        for peak, place in zip(peaks, places, strict=True):
+            axes.annotate(
+                _bytes(peak),
+                (peak, place),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
+    axes.set_yticks(range(len(rows)), [row["setting"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
+    axes.margins(x=0.12)
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlabel(f"peak, {result['meter']}")
+    axes.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
 def main() -> None:
     """Draw again what was measured."""
     results = Path(__file__).resolve().parent / "results"
     for path in sorted(results.glob("*.json")):
         result = json.loads(path.read_text())
-        function = {"vs_higher": vs_higher, "memory_scaling": memory_scaling}.get(result["benchmark"])
+        drawn = (vs_higher, memory_scaling, scaling, profile_memory)
+        function = {function.__name__: function for function in drawn}.get(result["benchmark"])
         if function is not None:
             function(result, path.with_suffix(".png"))
             print(f"drew results/{path.stem}.png")

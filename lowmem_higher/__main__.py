@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem_higher demo`."""
+"""The command line: `python -m lowmem_higher demo`, `python -m lowmem_higher profile script.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lowmem_higher import profile_script
 from lowmem_higher.demo.options import OptionError, add_arguments, options_from
 
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Raises:
         SystemExit: With code 2 for bad options, after one line on stderr; with code 0 after `--help`.
+        BaseException: What a profiled script raises.
     """
     parser = _OneLineParser(
         prog="python -m lowmem_higher",
@@ -42,9 +44,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "learn which training labels are wrong, and compare memory, time and gradient with the full unroll"
     demo = commands.add_parser("demo", help=what, description=what, allow_abbrev=False)
     add_arguments(demo)
+    what = "run a script and measure every inner loop in it: memory by phase, passes, seconds"
+    profile = commands.add_parser("profile", help=what, description=what, allow_abbrev=False)
+    profile_script.add_arguments(profile)
     parsed = parser.parse_args(arguments)
     if parsed.command is None:
         parser.print_help()
+        return 0
+    if parsed.command == "profile":
+        try:
+            profile_script.profile_script(parsed)
+        except OptionError as error:
+            profile.error(str(error))
         return 0
     try:
         if missing := _missing_extras():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,20 +160,25 @@ class Unrolled:
     program = None
 
     def __init__(self, twice: bool, progress: Progress) -> None:
-        self._ledger = Ledger()
+        self.ledger = Ledger()
         self._progress, self._twice = progress, twice
         self._entered = time.perf_counter()
 
     def count_step(self) -> None:
         """Count one step."""
-        self._ledger.count_unrolled(twice=self._twice)
-        self._progress.step(self._ledger.steps)
-        self._ledger.forward_seconds = time.perf_counter() - self._entered
+        self.ledger.count_unrolled(twice=self._twice)
+        self._progress.step(self.ledger.steps)
+        self.ledger.forward_seconds = time.perf_counter() - self._entered
 
     @property
     def report(self) -> Report:
         """What the run has cost so far."""
-        return self._ledger.report()
+        return self.ledger.report()
+
+
+Observer = Callable[[Settings, Trajectory | Unrolled], Callable[[], None]]
+OBSERVERS: list[Observer] = []
+"""Called when an inner loop begins, with what will count it; what they return is called after each of its steps."""
 
 
 @contextmanager
@@ -352,7 +357,9 @@ class _Wiring:
         progress = Progress(settings.progress, settings.steps)
         self._shown.append(progress)
         if self._live is None or schedule is None:
-            optimizer.follow(None, Unrolled(self._tracked and not settings.first_order, progress))
+            unrolled = Unrolled(self._tracked and not settings.first_order, progress)
+            optimizer.follow(None, unrolled)
+            progress.after_step += [observer(settings, unrolled) for observer in OBSERVERS]
             return
         trajectory = Trajectory(
             optimizer,
@@ -377,6 +384,7 @@ class _Wiring:
             limit = budget_bytes(settings.memory_budget, self._model)
             budgeted = Budgeted(optimizer, trajectory, self._model, limit, settings.steps)
             optimizer.follow(budgeted, budgeted)
+        progress.after_step += [observer(settings, trajectory) for observer in OBSERVERS]
         if self._open:
             trajectory.open()
             self._trajectories.append(trajectory)

@@ -49,6 +49,25 @@ def draw_timeline(path: Path, timeline: Sequence[tuple[str, int, int]]) -> None:
     _finish(figure, axes, path, "step", f"carries and externals held ({unit})")
 
 
+def draw_profile(
+    path: Path, names: Sequence[str], samples: Sequence[tuple[float, Sequence[int]]], spans: Sequence[Sequence[float]]
+) -> None:
+    """Bytes against seconds, one panel for each of `names`; `spans` are a loop's beginning, last step and end."""
+    figure = _new_figure()
+    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for at, (name, axes) in enumerate(zip(names, panels, strict=True)):
+        scale, unit = _unit(max((sizes[at] for _, sizes in samples), default=0))
+        axes.plot([seconds for seconds, _ in samples], [sizes[at] / scale for _, sizes in samples], color=_GREY)
+        for number, (begin, last, end) in enumerate(spans):
+            axes.axvspan(begin, last, color=_BLUE, alpha=0.2, linewidth=0, label=None if number else "loop")
+            axes.axvspan(last, end, color=_ORANGE, alpha=0.2, linewidth=0, label=None if number else "backward")
+        axes.set_ylim(bottom=0)
+        _dress(axes, "seconds" if axes is panels[-1] else "", f"{name} ({unit})")
+    if spans and names:
+        figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=2)
+    figure.savefig(path)
+
+
 def _new_figure() -> Figure:
     try:
         from matplotlib.figure import Figure
@@ -60,11 +79,15 @@ def _new_figure() -> Figure:
 
 
 def _finish(figure: Figure, axes: Any, path: Path, x: str, y: str) -> None:
+    _dress(axes, x, y)
+    figure.savefig(path)
+
+
+def _dress(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
 
 
 def _unit(size: float) -> tuple[float, str]:

@@ -22,9 +22,12 @@ class Progress:
         self._asked, self._steps = asked, steps
         self._bar: Any = None  # a tqdm or a Line
         self._backward = False
+        self.after_step: list[Callable[[], None]] = []  # called after each step of the loop, shown or not
 
     def step(self, number: int) -> None:
         """The loop took step `number`, counted from 1."""
+        for call in self.after_step:
+            call()
         if not self._shown:
             return
         if self._bar is None or self._backward:

@@ -182,15 +182,14 @@ def peak_above_the_model(length: int, slots: int) -> tuple[int, int]:
     return live.peak, carry
 
 
-def graph_bytes() -> int:
+def graph_bytes(model: nn.Module, x: Tensor) -> int:
     """What one second-order step takes, written by hand: results and cotangents of the inputs included."""
-    model = wide()
     weights = [w.detach().requires_grad_() for w in model.parameters()]
     buffers = [torch.zeros_like(w, requires_grad=True) for w in weights]
     vectors = [torch.ones_like(w) for w in weights] * 2
     with live_bytes() as live:
-        out = torch.func.functional_call(model, dict(zip(dict(model.named_parameters()), weights, strict=True)), X)
-        grads = torch.autograd.grad((out - Y).square().mean(), weights, create_graph=True)
+        out = torch.func.functional_call(model, dict(zip(dict(model.named_parameters()), weights, strict=True)), x)
+        grads = torch.autograd.grad((out - 1).square().mean(), weights, create_graph=True)
         new_buffers = [0.9 * b + g for b, g in zip(buffers, grads, strict=True)]
         new = [w - 1e-3 * b for w, b in zip(weights, new_buffers, strict=True)]
         torch.autograd.grad([*new, *new_buffers], [*weights, *buffers], vectors)
@@ -199,11 +198,44 @@ def graph_bytes() -> int:
 
 def test_memory_does_not_grow_with_the_steps() -> None:
     """At most s + 3 carries and one step's graph."""
-    graph = graph_bytes()
+    graph = graph_bytes(wide(), X)
     for length, slots in ((60, 4), (200, 4), (60, 10)):
         peak, carry = peak_above_the_model(length, slots)
         assert peak <= (slots + 3) * carry + 1.1 * graph, (length, slots)
     assert peak_above_the_model(200, 4)[0] <= 1.1 * peak_above_the_model(60, 4)[0]
+
+
+def line() -> nn.Module:
+    return nn.Linear(64, 1, bias=False)
+
+
+def test_ten_carries_serve_ten_times_the_steps_in_the_same_memory() -> None:
+    """A tenth of what `benchmarks/scaling.py` runs; here each step has a batch of its own, which is held."""
+
+    def measure(steps: int, fresh: bool) -> tuple[int, int, int]:
+        torch.manual_seed(0)
+        model = line()
+        opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        resident = torch.randn(4, 64)
+        with (
+            live_bytes() as live,
+            higher.innerloop_ctx(model, opt, copy_initial_weights=False, checkpoints=10) as (fnet, dopt),
+        ):
+            for _ in range(steps):
+                dopt.step((fnet(torch.randn(4, 64) if fresh else resident) - 1).square().mean())
+            externals = dopt.report.externals_bytes
+            grads = torch.autograd.grad(fnet(resident).square().mean(), list(model.parameters()))
+        assert all(grad.norm() > 0 for grad in grads)
+        assert dopt.report.first_order_runs == first_order_runs(Bounded(10), steps)
+        assert dopt.report.second_order_runs == steps
+        return live.peak, dopt.report.carry_bytes, externals
+
+    short, carry, _ = measure(200, fresh=False)
+    assert short <= 13 * carry + 1.1 * graph_bytes(line(), torch.randn(4, 64))
+    assert measure(2000, fresh=False)[0] <= 1.1 * short
+    peak, _, externals = measure(200, fresh=True)
+    assert externals >= 200 * 4 * 64 * 8
+    assert peak <= 13 * carry + 1.1 * graph_bytes(line(), torch.randn(4, 64)) + externals
 
 
 @pytest.mark.parametrize(
