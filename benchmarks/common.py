@@ -153,6 +153,49 @@ def conv4(seed: int = 0) -> Problem:
     return _classification("conv4", description, body, 25, (1, 28, 28), 5, 0.01)
 
 
+class GptBlock(nn.Module):
+    """A transformer block: causal attention and an MLP, each after a LayerNorm and around a skip connection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.into, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.after = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape, (batch, length, width)."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.into(self.norm(x)).chunk(3, dim=-1)
+        )
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # written out, since higher knows no fused attention
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = x + self.mlp(self.after(x))
+        return result
+
+
+def token_loss(out: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over all tokens."""
+    return F.cross_entropy(out.flatten(0, 1), targets.flatten())
+
+
+def gpt(seed: int = 0, width: int = 128, blocks: int = 4, length: int = 64, batch: int = 8) -> Problem:
+    """A GPT without positions: 4 blocks of 128 units, 4 heads, 64 tokens of 256, batch 8; predicts the next token."""
+    torch.manual_seed(seed)
+    middle = [GptBlock(width, 4) for _ in range(blocks)]
+    body = nn.Sequential(nn.Embedding(256, width), *middle, nn.LayerNorm(width), nn.Linear(width, 256))
+
+    def draw() -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(0, 256, (batch, length + 1))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    batches = [draw() for _ in range(NUMBER_OF_BATCHES)]
+    description = f"GPT-like, {blocks} blocks of {width} units, {length} tokens, batch {batch}"
+    return Problem("gpt", description, CountedModel(body), batches, draw(), token_loss, 0.01)
+
+
 # ------------------------------------------------------------------------------------------------------------ rivals
 
 

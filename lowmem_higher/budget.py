@@ -3,11 +3,12 @@
 NOTE [ Graphs or carries ]
 
 A step whose graph is kept needs no other run: it costs what it costs in the full unroll. A step that starts from a kept
-carry is run once more, the others are replayed as well. A graph takes many times the bytes of a carry.
+carry is run once more, the others are replayed as well, unless their graphs are built from that carry too, for a while,
+in the backward. A graph takes many times the bytes of a carry.
 
-If the number of steps is known, every split is tried, and the one with the fewest runs is taken; often that is all
-graphs or none. If it is not known, half of the budget goes to graphs, of the first steps, and half to carries: a loop
-that turns out to be short costs no more than the full unroll, and a long one has half of the slots.
+If the number of steps is known, splits are tried, and the one with the fewest runs is taken. If it is not known, half
+of the budget goes to graphs of the first steps, so that a loop that turns out to be short costs no more than the full
+unroll; the rest to carries and to graphs of the backward, in equal parts, which serve the most steps without a replay.
 
 Batches that a loop hands in from outside are held until the backward, and count. Room is left for them where the number
 of steps is known; where it is not, carries give way while the loop runs. In both cases at least half of the slots stay:
@@ -17,6 +18,8 @@ fill the budget alone.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import operator
 import re
@@ -29,7 +32,7 @@ from torch import nn
 
 from lowmem_higher.errors import MemoryBudgetError
 from lowmem_higher.report import format_bytes
-from lowmem_higher.schedule import optimal_runs
+from lowmem_higher.schedule import about_runs
 
 _SPLITS = 64  # that are tried
 
@@ -58,16 +61,23 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Allotment:
-    """So many steps keep their graphs, so many carries are held for the others, and so many bytes are left for batches.
+    """How a budget is spent.
+
+    Attributes:
+        unrolled: Steps that keep their graphs.
+        checkpoints: Carries held for the others.
+        graphs: Of these others, how many graphs are built at once in the backward.
+        spare: Bytes left for batches.
 
     Example:
-        >>> Allotment(unrolled=0, checkpoints=9, spare=10).give_way(batches=30, carry=10)
+        >>> Allotment(unrolled=0, checkpoints=9, graphs=1, spare=10).give_way(batches=30, carry=10)
         7
     """
 
     unrolled: int
     checkpoints: int
-    spare: int
+    graphs: int = 1
+    spare: int = 0
 
     def give_way(self, batches: int, carry: int) -> int:
         """The carries that may be held beside so many bytes of batches."""
@@ -75,6 +85,7 @@ class Allotment:
         return max(fewer, math.ceil(self.checkpoints / 2))
 
 
+@functools.lru_cache(maxsize=64)
 def allot(limit: int, sizes: Sizes, steps: int | None = None, held: int = 0) -> Allotment:
     """Share out `limit` bytes; see NOTE [ Graphs or carries ].
 
@@ -90,11 +101,11 @@ def allot(limit: int, sizes: Sizes, steps: int | None = None, held: int = 0) -> 
     Example:
         >>> sizes = Sizes(carry=1, graph=10, pullback=16)
         >>> allot(220, sizes, steps=20)
-        Allotment(unrolled=20, checkpoints=1, spare=0)
+        Allotment(unrolled=20, checkpoints=1, graphs=1, spare=0)
         >>> allot(220, sizes)
-        Allotment(unrolled=10, checkpoints=101, spare=0)
+        Allotment(unrolled=10, checkpoints=51, graphs=6, spare=0)
         >>> allot(220, sizes, steps=1000)
-        Allotment(unrolled=0, checkpoints=201, spare=0)
+        Allotment(unrolled=0, checkpoints=131, graphs=8, spare=0)
     """
     least = sizes.least + held * sizes.carry
     room = limit - least
@@ -108,19 +119,24 @@ def allot(limit: int, sizes: Sizes, steps: int | None = None, held: int = 0) -> 
     graph = sizes.graph + sizes.batch
     if steps is None:
         unrolled = room // 2 // graph
-        return Allotment(unrolled, 1 + (room - unrolled * graph) // sizes.carry, 0)
+        more = room // 4 // sizes.graph
+        return Allotment(unrolled, 1 + (room - unrolled * graph - more * sizes.graph) // sizes.carry, 1 + more)
 
-    def split(unrolled: int) -> tuple[bool, int, Allotment]:
-        left = room - unrolled * graph
+    def split(unrolled: int, graphs: int) -> tuple[bool, int, Allotment] | None:
+        left = room - unrolled * graph - (graphs - 1) * sizes.graph
+        if left < 0:
+            return None
         batches = (steps - unrolled) * sizes.batch
         spare = min(left // 2, batches)
-        found = Allotment(unrolled, 1 + (left - spare) // sizes.carry, spare)
-        runs = 0 if unrolled == steps else optimal_runs(steps - unrolled, found.checkpoints)
+        found = Allotment(unrolled, 1 + (left - spare) // sizes.carry, graphs, spare)
+        runs = 0 if unrolled == steps else about_runs(steps - unrolled, found.checkpoints, graphs)
         return spare < batches, runs, found
 
     most = min(steps, room // graph)
-    tried = map(split, sorted({most * part // _SPLITS for part in range(_SPLITS + 1)}))
-    return min(tried, key=operator.itemgetter(0, 1))[2]
+    unrolled_tried = sorted({most * part // _SPLITS for part in range(_SPLITS + 1)})
+    graphs_tried = [2**power for power in range(steps.bit_length())]
+    tried = itertools.starmap(split, itertools.product(unrolled_tried, graphs_tried))
+    return min(filter(None, tried), key=operator.itemgetter(0, 1))[2]
 
 
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate(["", "K", "M", "G", "T"])}}

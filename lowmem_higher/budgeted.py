@@ -116,10 +116,11 @@ class Budgeted:
         found = allot(self._limit, sizes, to_come, held=taken)
         self._allotment, self._to_unroll = found, found.unrolled
         if to_come is None:
-            trajectory.schedule(Bounded(found.checkpoints))
+            trajectory.schedule(Bounded(found.checkpoints, found.graphs))
         else:
             before = taken if found.unrolled == 0 else 0  # with those to come, one stretch of checkpointed steps
-            trajectory.schedule(Revolve(found.checkpoints, before + max(1, to_come - found.unrolled)))
+            stretch = before + max(1, to_come - found.unrolled)
+            trajectory.schedule(Revolve(found.checkpoints, stretch, found.graphs))
         self._externals = trajectory.ledger.externals_bytes
         if self._to_unroll:
             trajectory.pause(optimizer._fmodel)
@@ -131,4 +132,4 @@ class Budgeted:
         grown = self._trajectory.ledger.externals_bytes - self._externals
         fewer = allotment.give_way(grown, self.sizes.carry)
         if fewer < allotment.checkpoints:
-            self._trajectory.shrink(Bounded(fewer))
+            self._trajectory.shrink(Bounded(fewer, allotment.graphs))

@@ -207,6 +207,8 @@ class Carries:
         surplus = self._schedule.surplus(newest.time + 1, list(newest.segment.kept))
         if surplus is not None:
             self._give_up(surplus, newest)
+        if self._schedule.graphs > 1:  # the newest step's graph is built with those before it
+            newest.segment.replayed.clear()
 
     def _give_up(self, time: int, newest: StepRecord) -> None:
         segment: Segment = newest.segment
@@ -226,6 +228,18 @@ class Carries:
             segment.replayed.pop(time, None)
         if self._schedule.bounded and record.previous is not None:  # can be replayed from an earlier one
             segment.kept.pop(record.time, None)
+
+    def built_with(self, last: StepRecord) -> list[StepRecord]:
+        """The steps whose graphs are built together with that of `last`, in order: they need one carry."""
+        segment: Segment = last.segment
+        self._work_on(segment)
+        records = [last]
+        while len(records) < self._schedule.graphs:
+            first = records[-1]
+            if first.time in segment.kept or first.time in segment.replayed or first.previous is None:
+                break
+            records.append(first.previous)
+        return records[::-1]
 
     def rebuilt_with(self, last: StepRecord) -> list[StepRecord]:
         """The steps whose graphs are held together with that of `last` by replay="torch", in order."""

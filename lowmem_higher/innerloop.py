@@ -40,6 +40,7 @@ class Settings:
     checkpoints: int | None = None
     steps: int | None = None
     memory_budget: float | str | None = None
+    graphs: int = 1
     replay: str = "native"
     pullback: str = "reverse"
     verify: str = "new"
@@ -64,6 +65,7 @@ class Settings:
                 f"steps={self.steps} tells for how many steps the carries are to be placed, and needs their number, or "
                 f"the memory for them: innerloop_ctx(..., checkpoints=10, steps={self.steps})."
             )
+        self._check_graphs()
         _check_count("truncate", self.truncate, "gradients pass through so many of the last steps")
         if self.truncate is not None and self.checkpoints is not None:
             raise ValueError(
@@ -89,6 +91,16 @@ class Settings:
             if getattr(self, name) not in choices:
                 allowed = " or ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it can be {allowed}.")
+
+    def _check_graphs(self) -> None:
+        meaning, otherwise = "the backward holds the graphs of so many steps", "1 for the least memory"
+        _check_count("graphs", "None" if self.graphs is None else self.graphs, meaning, otherwise)
+        if self.graphs > 1 and (self.schedule is None or self.memory_budget is not None or self.replay != "native"):
+            raise ValueError(
+                f"graphs={self.graphs} says how many steps' graphs the backward builds from one kept carry. It goes "
+                "with checkpoint_every=N or checkpoints=s, and replay='native': innerloop_ctx(..., "
+                f"checkpoint_every={self.graphs}, graphs={self.graphs}). memory_budget decides that by itself."
+            )
 
     def _check_budget(self) -> None:
         if self.memory_budget is None:
@@ -119,10 +131,12 @@ class Settings:
         if self.memory_budget is not None:
             return Bounded(_ALL)
         if self.checkpoint_every is not None:
-            return Periodic(self.checkpoint_every)
+            return Periodic(self.checkpoint_every, self.graphs)
         if self.checkpoints is None:
             return None
-        return Bounded(self.checkpoints) if self.steps is None else Revolve(self.checkpoints, self.steps)
+        if self.steps is None:
+            return Bounded(self.checkpoints, self.graphs)
+        return Revolve(self.checkpoints, self.steps, self.graphs)
 
 
 def _check_store(store: object, *, kept: bool) -> None:
@@ -144,8 +158,8 @@ def _check_store(store: object, *, kept: bool) -> None:
         )
 
 
-def _check_count(name: str, value: object, meaning: str) -> None:
-    example = f"Use {name}=10, or None for the full unroll."
+def _check_count(name: str, value: object, meaning: str, otherwise: str = "None for the full unroll") -> None:
+    example = f"Use {name}=10, or {otherwise}."
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(
             f"{name}={value!r} is a {type(value).__name__}; it must be a whole number: {meaning}. {example}"
@@ -194,6 +208,7 @@ def innerloop_ctx(
     checkpoints: int | None = None,
     steps: int | None = None,
     memory_budget: float | str | None = None,
+    graphs: int = 1,
     replay: str = "native",
     pullback: str = "reverse",
     verify: str = "new",
@@ -227,6 +242,9 @@ def innerloop_ctx(
             fraction of the memory that is free on the model's device when the context is entered, 0.5. The first two
             steps are measured; then as many steps keep their graphs, as in the full unroll, and as many carries are
             held for the others as there is room for. Where all graphs fit, nothing is replayed.
+        graphs: K lets the backward hold the graphs of K steps at once: it builds them one after the other from one
+            kept carry, with no other run. With `checkpoint_every=N, graphs=N` nothing else is replayed, which takes
+            what a full unroll takes and a first-order run for each step, in the memory of N graphs.
         replay: "native" recomputes the weights first, then differentiates one step at a time. "torch" rebuilds a
             segment through `torch.utils.checkpoint`; slower, an independent check.
         pullback: "reverse", reverse over reverse mode.
@@ -263,6 +281,7 @@ def innerloop_ctx(
         one step's second-order graph: `(ceil(T/c) + c) |carry| + G`, and the tensors that your loop hands in from
         outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`. With
         s = `checkpoints`: `(s + 3) |carry| + G` for any T.
+        With `graphs=K` G is K times as large.
         With `memory_budget` these terms and the graphs of unrolled steps stay below it, as live bytes, as long as the
         steps are like the first two. Not counted: the model, what your loop hands in from outside, the outer loss.
         With `truncate=K` the first term is `(ceil(K/c) + 1 + c) |carry|`, for any T; the full unroll still holds the
@@ -275,6 +294,7 @@ def innerloop_ctx(
         At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
         With `checkpoints=s` and `steps=T` the fewest first-order runs that s slots allow, for example 3.6 T at T=1000,
         s=10 and 2.5 T at s=30 (`lowmem_higher.schedule.optimal_runs`); without `steps` at most 1.14 times as many.
+        With `checkpoint_every=N` and `graphs=K` the first-order runs are T of your loop and N - K of each segment.
         With `memory_budget` one second-order run more for each loop whose steps were not measured in an earlier one;
         the steps that are unrolled need no first-order run.
         With `truncate=K` T first-order runs of your loop, K + c at most of the backward, and K second-order runs. With
@@ -304,6 +324,7 @@ def innerloop_ctx(
         checkpoints=checkpoints,
         steps=steps,
         memory_budget=memory_budget,
+        graphs=graphs,
         replay=replay,
         pullback=pullback,
         verify=verify,

@@ -34,7 +34,7 @@ from lowmem_higher.errors import MemoryBudgetError
 from lowmem_higher.innerloop import innerloop_ctx
 from lowmem_higher.replay_state import capture_rng, rng_restored
 from lowmem_higher.report import format_bytes
-from lowmem_higher.schedule import optimal_runs
+from lowmem_higher.schedule import Revolve, first_order_runs, optimal_runs
 from lowmem_higher.structure import flatten, unflatten
 from lowmem_higher.testing import live_bytes
 
@@ -349,11 +349,12 @@ def _within(
     peak = bytes_.full_unroll(unrolled, batch) + bytes_.kept
     runs = before
     if rest:
-        runs += optimal_runs(rest, checkpoints)
+        runs += first_order_runs(Revolve(checkpoints, rest, found.graphs), rest)
         in_backward = carries_in_backward(rest, checkpoints=checkpoints)
         in_loop = min(rest, checkpoints + 1)
         later = bytes_.checkpointed(rest, batch, in_loop, *in_backward) + before * bytes_.kept
-        peak = max(peak, later + unrolled * (bytes_.unrolled + batch))
+        beside = unrolled * (bytes_.unrolled + batch) + (min(found.graphs, rest) - 1) * bytes_.unrolled
+        peak = max(peak, later + beside)
     yield PlannedSetting(
         None,
         checkpoints,

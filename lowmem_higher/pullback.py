@@ -51,6 +51,9 @@ class Carries(Protocol):
     def keep(self, carry: Carry) -> Carry:
         """Count a carry that a replay holds."""
 
+    def built_with(self, last: StepRecord) -> list[StepRecord]:
+        """The steps whose graphs are built together with that of `last` by a native replay, in order."""
+
     def rebuilt_with(self, last: StepRecord) -> list[StepRecord]:
         """The steps whose graphs are held together with that of `last`, in order."""
 
@@ -170,7 +173,18 @@ class StepGraph:
 
     inputs: list[Tensor]
     outputs: list[Tensor]
+    run: StepRun
     carry: Carry | None = None  # what the graph starts from, where it is held for it
+
+    @property
+    def following(self) -> Carry:
+        """The carry that the next step starts from: new leaves.
+
+        Among its own outputs a step's weights depend on its momentum, and a gradient for both must not pass from one to
+        the other.
+        """
+        run = self.run
+        return Carry([weight.detach() for weight in run.weights], detached_state(run.state), run.buffers)
 
     def pull_back(self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
         """The vector-Jacobian product, once, as far as it is wanted."""
@@ -219,20 +233,32 @@ def carry_stand_ins(record: StepRecord, carry: Carry) -> tuple[list[Tensor], Sta
 
 
 class NativeReplay:
-    """Advance first-order to the step's carry, then build the graph of that one step."""
+    """Advance first-order to the step's carry, then build the graph of that one step, or of the few that lead to it."""
 
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
 
     def graph(self, record: StepRecord, carries: Carries) -> StepGraph:
         """The graph of a step."""
-        carry = carries.carry_before(record)
-        self._count()
-        weights, state = carry_stand_ins(record, carry)
-        externals = record.stand_ins()
-        run = record.run(weights, state, carry.buffers, externals, create_graph=True)
-        inputs = inputs_of(record.layout, weights, state, externals)
-        return StepGraph(inputs, outputs_of(record.layout, run.weights, run.state))
+        graphs = record.segment.graphs
+        if record.time not in graphs:
+            records = carries.built_with(record)
+            carry = carries.carry_before(records[0])
+            for step in records:
+                self._count()
+                graphs[step.time] = graph = second_order_graph(step, carry)
+                carry = graph.following
+        found: StepGraph = graphs.pop(record.time)
+        return found
+
+
+def second_order_graph(record: StepRecord, carry: Carry) -> StepGraph:
+    """The graph of one step from its carry, by a second-order run."""
+    weights, state = carry_stand_ins(record, carry)
+    externals = record.stand_ins()
+    run = record.run(weights, state, carry.buffers, externals, create_graph=True)
+    inputs = inputs_of(record.layout, weights, state, externals)
+    return StepGraph(inputs, outputs_of(record.layout, run.weights, run.state), run)
 
 
 class TorchReplay:
@@ -264,11 +290,9 @@ class TorchReplay:
             inputs = inputs_of(record.layout, weights, state, externals)
             body = functools.partial(self._body, record, weights, state, carry.buffers, externals, runs)
             outputs = list(checkpoint(body, *inputs, use_reentrant=False, preserve_rng_state=False))
-            record.segment.graphs[record.time] = StepGraph(inputs, outputs, carries.keep(carry))
-            # The next step starts from new leaves: among its own outputs a step's weights depend on its momentum, and
-            # a gradient for both must not pass from one to the other.
-            run = runs.pop()
-            carry = Carry([w.detach() for w in run.weights], detached_state(run.state), run.buffers)
+            graph = StepGraph(inputs, outputs, runs.pop(), carries.keep(carry))
+            record.segment.graphs[record.time] = graph
+            carry = graph.following
 
     def _body(
         self,

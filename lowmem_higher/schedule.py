@@ -84,6 +84,10 @@ class Schedule(Protocol):
     """Decides from step numbers which carries are held."""
 
     @property
+    def graphs(self) -> int:
+        """How many steps' graphs the backward may hold at once: it builds them from one carry, with no other runs."""
+
+    @property
     def bounded(self) -> bool:
         """Whether slots are few: a carry that was passed gives way, and that of the newest step is held besides."""
 
@@ -115,6 +119,7 @@ class Periodic:
     """
 
     every: int
+    graphs: int = 1
     bounded = False
 
     def offered(self, time: int, held: Sequence[int]) -> tuple[bool, int | None]:
@@ -130,8 +135,9 @@ class Periodic:
         return list(range(start + 1, stop))
 
     def runs_back(self, steps: int, held: Sequence[int]) -> int:
-        """One for each step but the first of each segment."""
-        return steps - math.ceil(steps / self.every)
+        """One for each step but the first ones of each segment, as many as there may be graphs."""
+        whole, rest = divmod(steps, self.every)
+        return whole * max(0, self.every - self.graphs) + max(0, rest - self.graphs)
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,7 @@ class Bounded:
     """
 
     checkpoints: int
+    graphs: int = 1
     bounded = True
 
     def offered(self, time: int, held: Sequence[int]) -> tuple[bool, int | None]:
@@ -162,15 +169,20 @@ class Bounded:
         gaps = _gaps(held, time)
         if gaps[-1] % max(1, (time - held[0]) // _FINENESS):
             return False, None  # deciding at every step of a long way would cost time and save nothing
-        without, _ = _best_merge([*gaps[:-1], gaps[-1] + 1], self.checkpoints)
-        with_it, merged = _best_two_merges([*gaps, 1], self.checkpoints)
+        longer = [*gaps[:-1], gaps[-1] + 1]
+        if self.graphs == 1:
+            without, _ = _best_merge(longer, self)
+            with_it, merged = _best_two_merges([*gaps, 1], self)
+        else:
+            without = _Costs(longer, self).before()[-1]
+            with_it, merged = min(_merges([*gaps, 1], self)[:-1])
         return (True, held[merged + 1]) if with_it <= without else (False, None)
 
     def surplus(self, steps: int, held: Sequence[int]) -> int | None:
         """The one whose loss costs least."""
-        if len(held) <= self.checkpoints:
+        if len(held) <= self.checkpoints + (self.graphs > 1):
             return None
-        return held[_best_merge(_gaps(held, steps), self.checkpoints)[1] + 1]
+        return held[_best_merge(_gaps(held, steps), self)[1] + 1]
 
     def excess(self, steps: int, held: Sequence[int]) -> list[int]:
         """After `steps` steps with more carries `held` than there are slots from now on: which are given up, in order.
@@ -181,18 +193,19 @@ class Bounded:
         """
         held, gone = list(held), list[int]()
         while len(held) > self.checkpoints + 1:
-            gone.append(held[_best_merge(_gaps(held, steps), len(held) - 1)[1] + 1])
+            more = Bounded(len(held) - 1, self.graphs)
+            gone.append(held[_best_merge(_gaps(held, steps), more)[1] + 1])
             held.remove(gone[-1])
         return gone
 
     def on_the_way(self, start: int, stop: int, held: int) -> list[int]:
         """Those of the optimal reversal with the slots that are free."""
-        return _splits(start, stop - start + 1, self.checkpoints - held + 1)
+        return _splits(start, stop + self.graphs, self.checkpoints - held + 1, self.graphs)
 
     def runs_back(self, steps: int, held: Sequence[int]) -> int:
         """Those of the gaps between the carries, with the slots that are free by then."""
-        *gaps, newest = enumerate(_gaps(held, steps))
-        return sum(reversal_runs(gap - (at == newest[0]), self.checkpoints - at) for at, gap in [*gaps, newest])
+        costs = _Costs(_gaps(held, steps), self)
+        return sum(costs.of(at, at, 0) for at in range(len(costs.gaps)))
 
 
 @dataclass(frozen=True)
@@ -209,26 +222,31 @@ class Revolve:
 
     checkpoints: int
     steps: int
+    graphs: int = 1
     bounded = True
 
     def offered(self, time: int, held: Sequence[int]) -> tuple[bool, int | None]:
         """Keep it where the optimal reversal of all steps begins."""
         start = held[0] if held else time
         if time - start >= self.steps:
-            return Bounded(self.checkpoints).offered(time, held)
-        return time - start in _first_sweep(self.steps, self.checkpoints), None
+            return self._beyond.offered(time, held)
+        return time - start in _first_sweep(self.steps, self.checkpoints, self.graphs), None
 
     def surplus(self, steps: int, held: Sequence[int]) -> int | None:
         """None, unless the loop went on for longer."""
-        return Bounded(self.checkpoints).surplus(steps, held)
+        return self._beyond.surplus(steps, held)
 
     def on_the_way(self, start: int, stop: int, held: int) -> list[int]:
         """Those of the optimal reversal with the slots that are free."""
-        return Bounded(self.checkpoints).on_the_way(start, stop, held)
+        return self._beyond.on_the_way(start, stop, held)
 
     def runs_back(self, steps: int, held: Sequence[int]) -> int:
         """Those of the gaps between the carries, with the slots that are free by then."""
-        return Bounded(self.checkpoints).runs_back(steps, held)
+        return self._beyond.runs_back(steps, held)
+
+    @property
+    def _beyond(self) -> Bounded:
+        return Bounded(self.checkpoints, self.graphs)
 
 
 def reversal_runs(steps: int, checkpoints: int) -> int:
@@ -264,6 +282,17 @@ def optimal_runs(steps: int, checkpoints: int) -> int:
     return reversal_runs(steps, checkpoints) + 1
 
 
+def about_runs(steps: int, checkpoints: int, graphs: int) -> int:
+    """About as many as `first_order_runs(Revolve(checkpoints, steps, graphs), steps)`, at once; exact for one graph.
+
+    Example:
+        >>> about_runs(1000, 10, 8), first_order_runs(Revolve(10, 1000, graphs=8), 1000)
+        (2384, 2384)
+    """
+    units = -(-steps // graphs)
+    return steps + graphs * (reversal_runs(units, checkpoints) - (units - 1))
+
+
 def actions(schedule: Schedule, steps: int) -> Iterator[Action]:
     """What a schedule does in a loop of `steps` steps and one backward through it, in order.
 
@@ -296,15 +325,19 @@ def actions(schedule: Schedule, steps: int) -> Iterator[Action]:
     if surplus is not None:
         held.remove(surplus)
         yield Drop(surplus)
+    ready = steps  # the first step whose graph is there
     for step in reversed(range(steps)):
-        if not (step == steps - 1 and schedule.bounded):
-            stops = schedule.on_the_way(held[-1], step, len(held))
-            for time in stops:
-                yield Advance(held[-1], time)
-                yield Keep(time)
-                held.append(time)
-            if held[-1] < step:
-                yield Advance(held[-1], step)
+        if step < ready:
+            if step == steps - 1 and schedule.bounded and schedule.graphs == 1:
+                ready = step  # the newest carry is at hand
+            else:
+                ready = max(held[-1], step + 1 - schedule.graphs)
+                for time in schedule.on_the_way(held[-1], ready, len(held)):
+                    yield Advance(held[-1], time)
+                    yield Keep(time)
+                    held.append(time)
+                if held[-1] < ready:
+                    yield Advance(held[-1], ready)
         yield PullBack(step)
         if held[-1] == step:
             yield Drop(held.pop())
@@ -368,15 +401,19 @@ def explain(T: int, checkpoints: int | None = None, every: int | None = None, kn
     )
 
 
-def _splits(start: int, length: int, slots: int) -> list[int]:
-    """Where to hold carries on the way to the last of `length` steps, from a held carry that takes one of the slots."""
-    found = []
+def _splits(start: int, stop: int, slots: int, graphs: int) -> list[int]:
+    """Where to hold carries, to go back over the steps up to `stop` from a held carry, which takes one of the slots.
+
+    Steps whose graphs are built together count as one; counted from the end, since that is where the backward begins.
+    """
+    found, place, length = [], 0, -(-(stop - start) // graphs)
+    last = length
     while slots > 1:
         part = _left_part(length, slots)
-        start, length, slots = start + part, length - part, slots - 1
+        place, length, slots = place + part, length - part, slots - 1
         if length <= 1:
             break
-        found.append(start)
+        found.append(stop - graphs * (last - place))
     return found
 
 
@@ -393,8 +430,9 @@ def _left_part(length: int, slots: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _first_sweep(steps: int, checkpoints: int) -> frozenset[int]:
-    return frozenset([0, *_splits(0, steps, checkpoints)])
+def _first_sweep(steps: int, checkpoints: int, graphs: int) -> frozenset[int]:
+    newest = [max(0, steps - graphs)] if graphs > 1 else []  # of one graph the newest carry is at hand
+    return frozenset([0, *_splits(0, steps, checkpoints, graphs), *newest])
 
 
 def _gaps(held: Sequence[int], end: int) -> list[int]:
@@ -404,13 +442,14 @@ def _gaps(held: Sequence[int], end: int) -> list[int]:
 class _Costs:
     """What it costs to go back over gaps of which some are merged, so that those after them have more slots."""
 
-    def __init__(self, gaps: list[int], slots: int) -> None:
-        self.gaps, self.slots = gaps, slots
+    def __init__(self, gaps: list[int], schedule: Bounded) -> None:
+        self.gaps, self.graphs = gaps, schedule.graphs
+        self.slots = schedule.checkpoints + (self.graphs > 1)
 
     def of(self, first: int, last: int, merged: int) -> int:
         """The gaps `first` to `last` as one, after `merged` merges before them. The newest carry is at hand."""
-        steps = sum(self.gaps[first : last + 1]) - (last == len(self.gaps) - 1)
-        return reversal_runs(steps, self.slots - first + merged)
+        steps = sum(self.gaps[first : last + 1]) - (self.graphs == 1 and last == len(self.gaps) - 1)
+        return self.graphs * reversal_runs(-(-steps // self.graphs), self.slots - first + merged)
 
     def before(self) -> list[int]:
         """At i: of all gaps before gap i, none merged."""
@@ -424,16 +463,21 @@ class _Costs:
         return [0] * merged + list(sums)[::-1]
 
 
-def _best_merge(gaps: list[int], slots: int) -> tuple[int, int]:
+def _best_merge(gaps: list[int], schedule: Bounded) -> tuple[int, int]:
     """The least cost after the merge of a gap with the next one, and which gap that is."""
-    costs = _Costs(gaps, slots)
+    return min(_merges(gaps, schedule))
+
+
+def _merges(gaps: list[int], schedule: Bounded) -> list[tuple[int, int]]:
+    """The costs after the merge of each gap with the next one."""
+    costs = _Costs(gaps, schedule)
     before, after = costs.before(), costs.after(1)
-    return min((before[i] + costs.of(i, i + 1, 0) + after[i + 2], i) for i in range(len(gaps) - 1))
+    return [(before[i] + costs.of(i, i + 1, 0) + after[i + 2], i) for i in range(len(gaps) - 1)]
 
 
-def _best_two_merges(gaps: list[int], slots: int) -> tuple[int, int]:
+def _best_two_merges(gaps: list[int], schedule: Bounded) -> tuple[int, int]:
     """The least cost after two merges, and the first gap that takes part."""
-    costs = _Costs(gaps, slots)
+    costs = _Costs(gaps, schedule)
     before, between, after = costs.before(), costs.after(1), costs.after(2)
     best = first = (_NEVER, 0)
     for j in range(len(gaps) - 1):

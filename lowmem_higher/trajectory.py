@@ -33,7 +33,7 @@ from lowmem_higher.outer_term import TermNode, TermRecord
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, check_dependence, cut
 from lowmem_higher.progress import Progress
-from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, inputs_of, outputs_of
+from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, inputs_of, outputs_of, second_order_graph
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
@@ -189,9 +189,11 @@ class Trajectory:
         """Run the last step again, and pull it back, to see what that takes."""
         record = self._newest()
         with self._recorder.watching(None), torch.enable_grad(), live_bytes() as memory:
-            graph = NativeReplay(self._count_pullback).graph(record, self)
+            self._count_pullback()
+            graph = second_order_graph(record, self._carries.before(record))
             weights = len(record.layout.weights_out)
             graph.outputs[:weights] = [out.clone() if out._is_view() else out for out in graph.outputs[:weights]]
+            graph.run.weights.clear()  # the next step's are those of the full unroll
             held = memory.current
             graph.pull_back([torch.ones_like(output) for output in graph.outputs], [True] * len(graph.inputs))
             pullback = memory.peak
@@ -536,6 +538,10 @@ class Trajectory:
         """The fast weights that a step ended with."""
         with self._recorder.watching(None):
             return self._carries.after(record).weights
+
+    def built_with(self, last: StepRecord) -> list[StepRecord]:
+        """The steps whose graphs are built together with that of `last` by a native replay."""
+        return self._carries.built_with(last)
 
     def rebuilt_with(self, last: StepRecord) -> list[StepRecord]:
         """The steps whose graphs are held together with that of `last`."""

@@ -418,11 +418,12 @@ class Spec:
         kept = {
             "periodic": {"checkpoint_every": self.every},
             "bounded": {"checkpoints": min(self.every, 3)},
+            "graphs": {"checkpoint_every": self.every, "graphs": 1 + self.every // 2},
             "known": {"checkpoints": min(self.every, 3), "steps": self.steps},
             "journal": {"checkpoints": min(self.every, 3), "journal": True},
             "budget": {"memory_budget": 1 << 40},
         }[self.schedule]
-        return {**kept, "replay": self.replay}
+        return {**kept, "replay": "native" if self.schedule == "graphs" else self.replay}
 
 
 OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
@@ -529,7 +530,7 @@ specs = st.builds(
     by_function=st.booleans(),
     edges=st.booleans(),
     copied=st.booleans(),
-    schedule=st.sampled_from(["periodic", "periodic", "bounded", "known", "journal", "budget"]),
+    schedule=st.sampled_from(["periodic", "periodic", "bounded", "known", "journal", "budget", "graphs"]),
 )
 
 

@@ -209,7 +209,7 @@ def test_explain_prints_every_action(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_schedule_is_a_plain_value() -> None:
     assert Periodic(3) == Periodic(3) != Periodic(4)
-    assert repr(Bounded(3)) == "Bounded(checkpoints=3)"
+    assert repr(Bounded(3)) == "Bounded(checkpoints=3, graphs=1)"
     assert hash(Revolve(3, 9)) == hash(Revolve(3, 9))
 
 
