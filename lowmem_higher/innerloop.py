@@ -15,6 +15,7 @@ from torch import nn
 
 from lowmem_higher.budget import budget_bytes, parse_budget
 from lowmem_higher.budgeted import Budgeted
+from lowmem_higher.holdings import Hint
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
@@ -340,6 +341,7 @@ class _Wiring:
         self._settings, self._tracked = settings, tracked
         self._trajectories: list[Trajectory] = []
         self._shown: list[Progress] = []
+        self._hint = Hint()
         self._open = False
         self._live: LiveModule | None = None
         if settings.schedule is not None and tracked:
@@ -371,6 +373,7 @@ class _Wiring:
             self._last,
             settings.journal,
             settings.store,
+            self._hint,
             progress,
         )
         if settings.memory_budget is None:
