@@ -234,7 +234,7 @@ def test_the_device_does_not_feel_the_length_of_the_loop(setting: dict[str, Any]
     large = 128 * 64 * 8
     few, many = [measured(length, folder, folder, **setting) for length in (16, 48)]
     carry, journal = many.report.carry_bytes, many.report.carry_bytes // 2
-    assert many.loop <= few.loop + 256  # fingerprints, of two more uses of the program
+    assert many.loop <= few.loop + 1024  # a few numbers that replays are compared with
     assert many.peak <= few.peak + carry
     assert few.loop < 3 * large + 6 * carry
     assert many.report.externals_bytes == few.report.externals_bytes <= 2 * large
