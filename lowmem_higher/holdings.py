@@ -58,6 +58,7 @@ class Pieces:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
+        self._versions = [version_of(tensor) for tensor in tensors]
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +68,10 @@ class Pieces:
 
     @property
     def modified(self) -> Tensor | None:
-        """Nobody is left who could modify them."""
+        """One that was modified in place since they were read back; before that nobody is left who could."""
+        for tensor, version in zip(self.tensors, self._versions, strict=True):
+            if version_of(tensor) != version:
+                return tensor
         return None
 
     @staticmethod
@@ -155,16 +159,17 @@ class HeldStorage:
         time: The step that read it first.
         count: Of its aliases.
         alone: Whether it is known to be held for the backward alone.
+        awaited: Whether it is looked at now and then.
         stored: It in the store.
         back: What was read back from there, while it is hot.
     """
 
-    __slots__ = ("__weakref__", "_aliases", "_key", "_ledger", "alone", "back", "count", "stored", "time")
+    __slots__ = ("__weakref__", "_aliases", "_key", "_ledger", "alone", "awaited", "back", "count", "stored", "time")
 
     def __init__(self, time: int, storage: torch.UntypedStorage, count: Count, ledger: Ledger) -> None:
         self.time = time
         self.count = count
-        self.alone = False
+        self.alone = self.awaited = False
         self.stored: Stored[Pieces] | None = None
         self.back: Pieces | None = None
         self._aliases: list[weakref.ref[Alias]] = []
@@ -187,6 +192,10 @@ class HeldStorage:
         """The aliases of this run."""
         return [alias for held in self._aliases if (alias := held()) is not None]
 
+    def newest(self) -> Alias | None:
+        """The newest of them."""
+        return next((alias for held in reversed(self._aliases) if (alias := held()) is not None), None)
+
     def is_alone(self, tensor: Tensor) -> bool:
         """Whether nobody holds it but records, of whatever run; `tensor` is one of the aliases."""
         return _references(tensor) - _UNCOUNTED == self.count.aliases
@@ -207,7 +216,7 @@ class HeldStorage:
 
     def pieces(self) -> Pieces:
         """What is stored, on the device until it is no longer hot."""
-        if self.back is None:
+        if self.back is None or self.back.modified is not None:
             assert self.stored is not None
             self.back = self.stored.get()
         return self.back
@@ -257,7 +266,10 @@ class Holdings:
             if alias is not None:
                 self._pending.append(weakref.ref(alias.storage))
         for _ in range(min(_LOOKS, len(self._shared))):
-            self._pending.append(self._shared.popleft())
+            awaited = self._shared.popleft()
+            if (held := awaited()) is not None:
+                held.awaited = False
+                self._pending.append(awaited)
         while self._pending:
             held = self._pending[0]()
             if held is not None and held not in storages:
@@ -265,22 +277,20 @@ class Holdings:
             self._pending.popleft()  # done, not to be done again if storing another one raises
 
     def _cool(self, held: HeldStorage) -> None:
-        own = held.own()
-        if held.stored is not None or held.alone or not own:
+        newest = held.newest()
+        if held.stored is not None or held.alone or newest is None or newest.tensor is None:
             held.back = None
-            return
-        tensor = own[0].tensor
-        assert tensor is not None
-        if held.is_alone(tensor):
-            self._on_device.pop(tensor.untyped_storage()._cdata, None)
-            if self._store is not None and self._store.takes(tensor):
+        elif held.is_alone(newest.tensor):
+            self._on_device.pop(newest.tensor.untyped_storage()._cdata, None)
+            if self._store is not None and self._store.takes(newest.tensor):
                 held.put(self._store)
             else:
                 held.stays()
-            for alias in own:
+            for alias in held.own():
                 alias.original = None
-        elif all(alias.original is None or alias.original() is None for alias in own):
-            self._shared.append(weakref.ref(held))  # else it is looked at when one of them dies
+        elif not held.awaited and (newest.original is None or newest.original() is None):
+            held.awaited = True  # else it is looked at when that dies
+            self._shared.append(weakref.ref(held))
 
     def _alias(self, tensor: Tensor, time: int) -> Alias:
         alias = self._known.get(id(tensor))
