@@ -318,6 +318,22 @@ def test_small_ones_and_those_with_a_gradient_stay(folder: Path) -> None:
     del fnet, diffopt
 
 
+@pytest.mark.parametrize("store", ["device", "host", "disk"])
+def test_R6_a_large_tensor_of_a_closure_gets_its_gradient(store: str, folder: Path) -> None:
+    """It is known by its identity, so no alias may stand for it."""
+
+    def grads(**setting: Any) -> Tensor:
+        mask, model = batch(7).requires_grad_(), net().eval()
+        with higher.innerloop_ctx(model, momentum(model.parameters()), **setting) as (fnet, diffopt):
+            for step in range(4):
+                diffopt.step(lambda fmodel, x: fmodel(x * mask).square().mean(), batch(step))
+            return torch.autograd.grad(fnet(batch(-1)).square().mean(), [mask])[0]
+
+    expected = grads()
+    found = grads(checkpoint_every=2, store=folder if store == "disk" else store)
+    assert (found - expected).norm() <= 1e-9 * expected.norm() > 0
+
+
 def test_the_host_takes_nothing_that_it_has(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.undo()
     report = measured(10, "host", folder, checkpoint_every=100, journal=True).report
