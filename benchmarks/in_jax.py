@@ -63,7 +63,9 @@ def to_jax(module: nn.Module) -> Apply:
         case nn.Embedding():
             return lambda params, x: next(params)[x]
         case nn.MaxPool2d():
-            return lambda params, x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+            return lambda params, x: jax.lax.reduce_window(
+                x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID"
+            )
         case nn.Flatten():
             return lambda params, x: x.reshape(x.shape[0], -1)
         case nn.Tanh():
@@ -136,7 +138,9 @@ def compiled(problem: Problem, steps: int) -> Compiled:
 
     net, loss = to_jax(problem.model.body), _loss(problem)
     first = [jnp.asarray(param.detach().cpu().numpy()) for param in problem.model.parameters()]
-    xs, ys = (jnp.stack([jnp.asarray(part.cpu().numpy()) for part in parts]) for parts in zip(*problem.batches, strict=True))
+    xs, ys = (
+        jnp.stack([jnp.asarray(part.cpu().numpy()) for part in parts]) for parts in zip(*problem.batches, strict=True)
+    )
     held_x, held_y = (jnp.asarray(part.cpu().numpy()) for part in problem.held_out)
 
     def outer(weights: Any, rate: Any, xs: Any, ys: Any, held_x: Any, held_y: Any) -> Any:

@@ -6,6 +6,7 @@
 from lowmem_higher import errors, optim, patch, testing, utils
 from lowmem_higher.clip import clip_grad_norm, clip_grad_value
 from lowmem_higher.errors import (
+    BatchesHeldWarning,
     ExternalModifiedError,
     HigherOrderError,
     HistoryFreedError,
@@ -26,6 +27,7 @@ from lowmem_higher.stand_in import install_as_higher
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchesHeldWarning",
     "ExternalModifiedError",
     "HigherOrderError",
     "HistoryFreedError",

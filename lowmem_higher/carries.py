@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_higher.ledger import Ledger
-from lowmem_higher.packing import Constants
+from lowmem_higher.packing import Constants, same_tensors
 from lowmem_higher.schedule import Bounded, Schedule
 from lowmem_higher.step import Carry, StepRecord, advance_carry
 from lowmem_higher.store import Store, Stored, make_store
@@ -37,7 +37,7 @@ class Held:
     time: int
     carry: Carry | None
     may_cool: bool = True
-    stored: Stored | None = None
+    stored: Stored[Carry] | None = None
 
     def get(self) -> Carry:
         """The carry, on the device from now on."""
@@ -90,8 +90,8 @@ class Carries:
     def __init__(self, schedule: Schedule, ledger: Ledger, store: str | os.PathLike[str]) -> None:
         self._schedule = schedule
         self._ledger = ledger
-        self._store = make_store(store, ledger)
-        self._constants = Constants()
+        self.store = make_store(store, ledger)
+        self.constants = Constants()
         self._hot: weakref.ref[Held] | None = None
         self._newest: weakref.ref[Segment] | None = None
         self._worked_on: weakref.ref[Segment] | None = None  # the only one that holds replayed carries
@@ -110,8 +110,8 @@ class Carries:
 
     def segment_of(self, time: int, before: StepRecord | None, carry: Callable[[], Carry]) -> Segment:
         """The segment of the step about to be taken: that of the step before it, or a new one that `carry` begins."""
-        if self._store is not None:
-            self._store.let_go()
+        if self.store is not None:
+            self.store.let_go()
         if before is not None:
             segment: Segment = before.segment
             if self._schedule.bounded or not self._schedule.offered(time, list(segment.kept))[0]:
@@ -136,20 +136,30 @@ class Carries:
                 segment.replayed[time] = Held(time, self.keep(carry()), may_cool=False)
         return time in segment.kept
 
-    def keep(self, carry: Carry, *, checkpoint: bool = False) -> Carry:
+    def keep(self, carry: Carry) -> Carry:
         """Count a carry for as long as it is on the device."""
-        if checkpoint:
-            self._ledger.count_checkpoint(carry)
         return self._ledger.keep(carry)
+
+    def hold(self, time: int, carry: Carry) -> Held:
+        """Hold a carry for as long as what is returned is held; the hot one, if it is of the same tensors."""
+        hot = None if self._hot is None else self._hot()
+        if hot is not None and hot.carry is not None and same_tensors(hot.carry, carry):
+            return hot
+        return self._kept(time, carry)
+
+    def read(self, held: Held) -> Carry:
+        """A carry that is held, on the device."""
+        self._make_hot(held)
+        return held.get()
 
     def close(self) -> None:
         """The context is left. What is held stays."""
-        if self._store is not None:
-            self._store.close()
+        if self.store is not None:
+            self.store.close()
 
     def _kept(self, time: int, carry: Carry) -> Held:
-        if self._store is not None:
-            self._constants.narrow(carry)
+        if self.store is not None:
+            self.constants.narrow(carry)
         held = Held(time, self.keep(carry))
         self._make_hot(held)
         self._ledger.count_checkpoint(held)
@@ -157,11 +167,11 @@ class Carries:
 
     def _make_hot(self, held: Held) -> None:
         """See NOTE [ Hot and cold ]."""
-        if self._store is None or not held.may_cool:
+        if self.store is None or not held.may_cool:
             return
         hot = None if self._hot is None else self._hot()
         if hot is not None and hot is not held:
-            hot.cool(self._store, self._constants)
+            hot.cool(self.store, self.constants)
         self._hot = weakref.ref(held)
 
     # Going back
@@ -258,14 +268,14 @@ class Carries:
 
     def _read(self, segment: Segment, held: Held) -> Carry:
         """A carry that is held. The one that will be asked for next starts on its way to the device."""
-        if self._store is not None:
-            self._store.let_go()
+        if self.store is not None:
+            self.store.let_go()
         self._make_hot(held)
         carry = held.get()
-        if self._store is not None and held.may_cool:
+        if self.store is not None and held.may_cool:
             following = segment.held_before(held.time)
             if following is not None and following.carry is None and following.stored is not None:
-                self._store.prefetch(following.stored)
+                self.store.prefetch(following.stored)
         return carry
 
     def _advance(self, record: StepRecord, carry: Carry) -> Carry:

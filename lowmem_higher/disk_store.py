@@ -1,4 +1,4 @@
-"""Carries in files.
+"""Carries, journals and externals in files.
 
 NOTE [ Files ]
 
@@ -7,7 +7,7 @@ with the last of them, at the latest when Python ends. So nothing has to be clea
 process that is killed leaves its directory behind.
 
 A file is written under another name and then renamed, so it is whole or absent. Its checksum is remembered, and what is
-read is compared with it before any tensor is made: a carry comes back bit for bit, or the read raises.
+read is compared with it before any tensor is made: what was written comes back bit for bit, or the read raises.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from torch import Tensor
 
 from lowmem_higher.errors import StoreError
 from lowmem_higher.ledger import Ledger
-from lowmem_higher.packing import Constants, Packed, Place, blank, pack
+from lowmem_higher.packing import Constants, Kind, Packed, Place, blank, pack
 from lowmem_higher.report import format_bytes
-from lowmem_higher.step import Carry
 
 
 class RunDirectory:
@@ -58,22 +57,30 @@ class RunDirectory:
 
 
 class DiskStore:
-    """Carries in files, in a directory of this run's own."""
+    """Files, in a directory of this run's own."""
 
     def __init__(self, parent: Path, ledger: Ledger) -> None:
         self._parent, self._ledger = parent.absolute(), ledger
         self._directory: RunDirectory | None = RunDirectory(self._parent)
         self._latest = weakref.ref(self._directory)
 
-    def put(self, carry: Carry, time: int, constants: Constants) -> InFile:
-        """Write a carry to a file.
+    def put(self, content: Kind, time: int, constants: Constants) -> InFile[Kind]:
+        """Write a carry or the like to a file.
 
         Raises:
             StoreError: It cannot be written, for example because the disk is full.
         """
         directory = self._latest() or RunDirectory(self._parent)
         self._latest = weakref.ref(directory)
-        return InFile(directory, *pack(carry, time, constants), self._ledger)
+        return InFile(directory, *pack(content, time, constants), content.advice, self._ledger)
+
+    def takes(self, tensor: Tensor) -> bool:
+        """No tensor is on disk already."""
+        return True
+
+    def beside(self) -> DiskStore:
+        """The same: a file is written when `put` returns."""
+        return self
 
     def prefetch(self, stored: object) -> None:
         """Files are read when they are asked for."""
@@ -86,10 +93,12 @@ class DiskStore:
         self._directory = None
 
 
-class InFile:
-    """A carry in a file: a line of JSON, the bytes of the spans, and a checksum of both."""
+class InFile(Generic[Kind]):
+    """A carry or the like in a file: a line of JSON, the bytes of the spans, and a checksum of both."""
 
-    def __init__(self, directory: RunDirectory, packed: Packed, spans: list[Tensor], ledger: Ledger) -> None:
+    def __init__(
+        self, directory: RunDirectory, packed: Packed[Kind], spans: list[Tensor], advice: str, ledger: Ledger
+    ) -> None:
         self._directory = directory  # lasts as long
         self._path = path = directory.new_file()
         self._packed, self._ledger = packed, ledger
@@ -98,10 +107,11 @@ class InFile:
         try:
             self._checksum = _write(path, header, spans)
         except OSError as error:
+            what = packed.what[0].upper() + packed.what[1:]
             raise StoreError(
-                f"The carry of step {packed.time}, {format_bytes(self.nbytes)}, could not be written to {path}: "
-                f"{error.strerror}. No gradient can be had without it. Make room there, or give another directory, "
-                "innerloop_ctx(..., store='a/directory'), or keep fewer carries, checkpoints=10."
+                f"{what}, {format_bytes(self.nbytes)}, could not be written to {path}: {error.strerror}. No "
+                "gradient can be had without it. Make room there, or give another directory, "
+                f"innerloop_ctx(..., store='a/directory'), or {advice}."
             ) from error
         weakref.finalize(self, _remove_file, path, os.getpid()).atexit = False
         ledger.count_stored(self, self.nbytes)
@@ -111,14 +121,14 @@ class InFile:
         """The bytes of the spans."""
         return sum(self._packed.sizes)
 
-    def get(self) -> Carry:
-        """The carry from the file.
+    def get(self) -> Kind:
+        """A new copy from the file, on the device where the original was.
 
         Raises:
             StoreError: The file is gone, or does not hold what was written.
         """
         self._packed.check_unpacked()
-        what = f"the carry of step {self._packed.time} from {self._path}"
+        what = f"{self._packed.what} from {self._path}"
         try:
             spans, fault = _read(self._path, self._header_size, self._packed.sizes, self._checksum)
         except OSError as error:
@@ -132,10 +142,10 @@ class InFile:
                 "computed from it. Run the inner loop again, with another store if this comes back."
             )
         moved = [span.to(device) for span, device in zip(spans, self._packed.devices, strict=True)]
-        return self._ledger.keep(self._packed.carry(moved))
+        return self._ledger.keep(self._packed.unpacked(moved))
 
 
-def _header(packed: Packed) -> bytes:
+def _header(packed: Packed[Any]) -> bytes:
     """For whoever finds the file: what is in it."""
     tensors = [
         {
@@ -151,7 +161,7 @@ def _header(packed: Packed) -> bytes:
     header = {
         "magic": "lowmem_higher carry",
         "version": 1,
-        "step": packed.time,
+        "what": packed.what,
         "span_bytes": packed.sizes,
         "tensors": tensors,
     }

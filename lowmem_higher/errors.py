@@ -40,6 +40,14 @@ class NothingTrainedWarning(UserWarning):
     """An outer backward ended at the copies that `copy_initial_weights=True` makes, and at nothing else."""
 
 
+class BatchesHeldWarning(UserWarning):
+    """What steps read from outside is held for the outer backward alone, and takes more than the kept carries.
+
+    Given once in a context, at a step, with `store="device"`. A batch that is cut from a resident dataset inside the
+    loop is not held, nor is what `diffopt.step(fn, idx)` fetches.
+    """
+
+
 class HistoryFreedError(LowmemError):
     """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""
 
@@ -49,7 +57,7 @@ class MemoryBudgetError(LowmemError):
 
 
 class StoreError(LowmemError):
-    """A carry could not be put into its store, or did not come back with the bits that it had.
+    """A carry, a journal or a batch could not be put into its store, or did not come back with the bits that it had.
 
     Its cause, an `OSError` as a rule, is in `__cause__`.
     """

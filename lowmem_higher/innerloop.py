@@ -15,6 +15,7 @@ from torch import nn
 
 from lowmem_higher.budget import budget_bytes, parse_budget
 from lowmem_higher.budgeted import Budgeted
+from lowmem_higher.holdings import Hint
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
@@ -258,11 +259,13 @@ def innerloop_ctx(
             twice: initial weights and hyperparameters get gradients, what only feeds an inner loss gets none.
         journal: True keeps the gradients of every step, as large as the weights, and recomputes carries by the update
             rule alone: no model is run for a replay, except for the second-order run of each step.
-        store: Where kept carries live: "device", where they are made; "host", in pinned memory, copied while the loop
-            goes on and back while the backward does (of CUDA devices; for a CPU it saves nothing); or an existing
-            directory, in files that go when no gradient can need them, at the latest when Python ends. Weights and
-            buffers that never change are not copied; journals, and tensors handed in from outside, stay where they are.
-            The gradient is the same to the bit.
+        store: Where kept carries live, and journals, and the tensors that steps read from outside: "device", where they
+            are made; "host", in pinned memory, copied while the loop goes on and back while the backward does (of CUDA
+            devices; for a CPU it saves nothing); or an existing directory, in files that go when no gradient can need
+            them, at the latest when Python ends. Weights and buffers that never change are not copied. A tensor from
+            outside goes once nobody but the backward holds its storage, one copy for all who read it: a batch when the
+            loop takes the next one, a resident dataset never. One below 4 KiB stays, and one that requires grad. The
+            gradient is the same to the bit.
         progress: True shows a bar on stderr, if that is a terminal: the steps of the loop, then the recomputed and
             differentiated steps of the backward, with the time to go. "always" shows it also where stderr is a file. By
             tqdm if that is installed (`lowmem_higher[progress]`), else a line that counts. The full unroll shows the
@@ -276,11 +279,17 @@ def innerloop_ctx(
         MemoryBudgetError: At the second step: not even one checkpoint fits `memory_budget`.
         StoreError: At a step or in the backward: the disk is full, or a file did not come back as it was written.
 
+    Warns:
+        NothingTrainedWarning: See `copy_initial_weights`.
+        BatchesHeldWarning: Once, at a step, with `store="device"`: batches handed in from outside, which nobody but the
+            backward holds, take more than the kept carries and more than 64 MiB. Cut them from resident data inside the
+            loop, `fmodel(x[idx])`, or let the step fetch them, `diffopt.step(fn, idx)`: then `idx` alone is held.
+
     Memory:
         With c = `checkpoint_every`, T steps, |carry| the bytes of fast weights, optimizer state and buffers, and G
         one step's second-order graph: `(ceil(T/c) + c) |carry| + G`, and the tensors that your loop hands in from
-        outside, which are held by reference. Least near `c = sqrt(T)`. The full unroll needs about `T * G`. With
-        s = `checkpoints`: `(s + 3) |carry| + G` for any T.
+        outside, which are held by reference: T batches, or one dataset from which `x[idx]` is cut. Least near
+        `c = sqrt(T)`. The full unroll needs about `T * G`. With s = `checkpoints`: `(s + 3) |carry| + G` for any T.
         With `graphs=K` G is K times as large.
         With `memory_budget` these terms and the graphs of unrolled steps stay below it, as live bytes, as long as the
         steps are like the first two. Not counted: the model, what your loop hands in from outside, the outer loss.
@@ -288,7 +297,8 @@ def innerloop_ctx(
         graphs of all steps. `journal=True` adds T times the bytes of the weights. With `first_order=True` G is the
         graph of a plain backward, or of the update if larger.
         With `store="host"` or a directory the device has `(c + 3) |carry| + G`, or `5 |carry| + G` with `checkpoints`,
-        whatever s is, and a copy under way on CUDA; the rest, `ceil(T/c) |carry|` or `(s + 1) |carry|`, is stored.
+        whatever s is, two batches, two inner gradients with `journal`, and copies under way on CUDA; the rest,
+        `ceil(T/c) |carry|` or `(s + 1) |carry|`, T batches and T inner gradients, is stored.
 
     Passes:
         At most 2 T first-order runs, your loop included, and T second-order runs. The full unroll: T second-order runs.
@@ -361,6 +371,7 @@ class _Wiring:
         self._settings, self._tracked = settings, tracked
         self._trajectories: list[Trajectory] = []
         self._shown: list[Progress] = []
+        self._hint = Hint()
         self._open = False
         self._live: LiveModule | None = None
         if settings.schedule is not None and tracked:
@@ -392,6 +403,7 @@ class _Wiring:
             self._last,
             settings.journal,
             settings.store,
+            self._hint,
             progress,
         )
         if settings.memory_budget is None:

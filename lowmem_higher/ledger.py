@@ -5,13 +5,27 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from lowmem_higher.report import Report, Timeline
-from lowmem_higher.step import Carry, Journal
+from lowmem_higher.step import Carry, External, Journal
 from lowmem_higher.structure import storages_of
+
+StorageKey = tuple[int, int]  # address, bytes
+
+
+class Counted(Protocol):
+    """What is counted while it is on the device: a carry, a journal, externals that were read back."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages."""
+
+
+Kind = TypeVar("Kind", bound=Counted)
 
 
 def _nothing() -> None:
@@ -25,21 +39,26 @@ class Ledger:
         self.steps = self.unrolled_steps = self.first_order_runs = self.second_order_runs = 0
         self.checkpoints = self.checkpoints_peak = 0
         self.carry_bytes = self.carries_bytes = self.carries_peak_bytes = 0
-        self.externals_bytes = self.newest_externals_bytes = 0  # the latter: what the newest record has added
+        self.externals_bytes = self.alone_bytes = 0
+        self.newest_externals_bytes = 0  # what the newest record has added
         self.update_runs = self.journal_bytes = 0
         self.stored_bytes = self.stored_peak_bytes = 0
         self.forward_seconds = self.backward_seconds = 0.0
-        self._storages: Counter[tuple[int, int]] = Counter()
+        self._storages: Counter[StorageKey] = Counter()
         self._timeline = Timeline()
         self.on_run: Callable[[], None] = _nothing  # after each run of a step
 
-    def keep(self, carry: Carry) -> Carry:
-        """Count a carry on the device until it is freed."""
-        size = carry.nbytes
-        self._add_carry(size)
-        self.carry_bytes = max(self.carry_bytes, size)
-        weakref.finalize(carry, self._add_carry, -size).atexit = False
-        return carry
+    def keep(self, content: Kind) -> Kind:
+        """Count a carry, a journal or externals on the device until they are freed."""
+        size = content.nbytes
+        if isinstance(content, Carry):
+            self.carry_bytes = max(self.carry_bytes, size)
+            add = self._add_carry
+        else:
+            add = self._add_journal if isinstance(content, Journal) else self._add_externals
+        add(size)
+        weakref.finalize(content, add, -size).atexit = False
+        return content
 
     def _add_carry(self, size: int) -> None:
         self.carries_bytes += size
@@ -63,14 +82,11 @@ class Ledger:
         self.stored_bytes += size
         self.stored_peak_bytes = max(self.stored_peak_bytes, self.stored_bytes)
 
-    def write(self, journal: Journal) -> Journal:
-        """Count a step's journal until it is freed."""
-        self.journal_bytes += journal.nbytes
-        weakref.finalize(journal, self._forget, journal.nbytes).atexit = False
-        return journal
+    def _add_journal(self, size: int) -> None:
+        self.journal_bytes += size
 
-    def _forget(self, size: int) -> None:
-        self.journal_bytes -= size
+    def _add_externals(self, size: int) -> None:
+        self.externals_bytes += size
 
     def count_first_order(self) -> None:
         """Count a first-order run."""
@@ -93,24 +109,50 @@ class Ledger:
         self.update_runs += 1
         self.on_run()
 
-    def hold(self, externals: list[Tensor]) -> None:
-        """Count the storages that a record refers to, each once."""
-        before = self.externals_bytes
-        for storage in chain.from_iterable(map(storages_of, externals)):
-            key = (storage.data_ptr(), storage.nbytes())
-            self._storages[key] += 1
-            if self._storages[key] == 1:
-                self.externals_bytes += storage.nbytes()
-        self.newest_externals_bytes = self.externals_bytes - before
+    def begin_record(self) -> None:
+        """What is held from now on is the newest record's."""
+        self.newest_externals_bytes = 0
 
-    def release(self, externals: list[Tensor]) -> None:
+    def hold(self, externals: list[External]) -> None:
+        """Count the storages that a record refers to, each once; those behind references are counted on their own."""
+        for tensor in externals:
+            if isinstance(tensor, Tensor):
+                for storage in storages_of(tensor):
+                    self._hold(_key(storage))
+
+    def release(self, externals: list[External]) -> None:
         """Count them off again."""
-        for storage in chain.from_iterable(map(storages_of, externals)):
-            key = (storage.data_ptr(), storage.nbytes())
-            self._storages[key] -= 1
-            if self._storages[key] == 0:
-                del self._storages[key]
-                self.externals_bytes -= storage.nbytes()
+        for tensor in externals:
+            if isinstance(tensor, Tensor):
+                for storage in storages_of(tensor):
+                    self._release(_key(storage))
+
+    def hold_storage(self, storage: torch.UntypedStorage) -> StorageKey:
+        """Count a storage; returns what it is counted off by."""
+        key = _key(storage)
+        self._hold(key)
+        return key
+
+    def release_storage(self, key: StorageKey, *, alone: bool) -> None:
+        """Count it off, also from those held for the backward alone."""
+        self._release(key)
+        self.alone_bytes -= key[1] if alone else 0
+
+    def count_alone(self, key: StorageKey) -> None:
+        """Count the bytes of a storage that nobody holds but for the backward."""
+        self.alone_bytes += key[1]
+
+    def _hold(self, key: StorageKey) -> None:
+        self._storages[key] += 1
+        if self._storages[key] == 1:
+            self.externals_bytes += key[1]
+            self.newest_externals_bytes += key[1]
+
+    def _release(self, key: StorageKey) -> None:
+        self._storages[key] -= 1
+        if self._storages[key] == 0:
+            del self._storages[key]
+            self.externals_bytes -= key[1]
 
     def sample(self, phase: str, step: int) -> None:
         """Note what is held now."""
@@ -136,3 +178,7 @@ class Ledger:
             self.unrolled_steps,
             self._timeline.samples(),
         )
+
+
+def _key(storage: torch.UntypedStorage) -> StorageKey:
+    return storage.data_ptr(), storage.nbytes()

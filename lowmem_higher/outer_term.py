@@ -7,16 +7,18 @@ recomputed, the program is run once more, and one `autograd.grad` gives the cota
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lowmem_higher.carries import Held
 from lowmem_higher.program import StepInputs, StepProgram
 from lowmem_higher.pullback import freed_error, refuse_higher_order
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState
-from lowmem_higher.step import Carry, StepRecord, check_loss_value, stand_ins_for
+from lowmem_higher.step import Carry, External, StepRecord, check_loss_value, stand_ins_for
 from lowmem_higher.truncation import LastSteps
 
 
@@ -28,9 +30,9 @@ class TermRecord:
     program: StepProgram
     ambient: Ambient
     before: StepRecord | None
-    carry: Carry | None
+    carry: Held | None
     trainable: tuple[bool, ...]
-    externals: list[Tensor]
+    externals: list[External]
     versions: tuple[int, ...]
     externals_in: tuple[int, ...]
     numbers: tuple[Any, ...]
@@ -38,6 +40,11 @@ class TermRecord:
     states: tuple[ModuleState | None, ...]
     targets: dict[int, Any]
     loss: float | None
+    release: Callable[[list[External]], None]
+
+    def __del__(self) -> None:
+        """Count the externals off."""
+        self.release(self.externals)
 
     @property
     def weights_in(self) -> list[int]:

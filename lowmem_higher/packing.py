@@ -1,4 +1,4 @@
-"""A carry as spans of bytes, and put together again from them bit for bit.
+"""A carry, or what else is stored, as spans of bytes, and put together again from them bit for bit.
 
 NOTE [ Spans ]
 
@@ -17,16 +17,45 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lowmem_higher.errors import ExternalModifiedError
 from lowmem_higher.record import version_of
-from lowmem_higher.step import Carry, carry_modified_error
+from lowmem_higher.step import Carry, plain_state, state_keys
 
 _ALIGNMENT = 64  # bytes; torch's allocators give no less
 
 Key = tuple[object, ...]
+Kind = TypeVar("Kind", bound="Content")
+
+
+class Content(Protocol):
+    """What can be stored: a carry, a journal, externals."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages."""
+
+    @property
+    def modified(self) -> Tensor | None:
+        """A tensor that was modified in place since this was made."""
+
+    @staticmethod
+    def modified_error(tensor: Tensor, time: int) -> ExternalModifiedError:
+        """Rule R4."""
+
+    def taken_apart(self: Kind) -> tuple[list[Tensor], Callable[[list[Tensor]], Kind]]:
+        """The tensors, and the function that makes the same of such tensors; it holds none of them."""
+
+    def described(self, time: int) -> str:
+        """What it is, for a message."""
+
+    @property
+    def advice(self) -> str:
+        """How to store less, for a message."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +87,35 @@ class Unpacked:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A carry without its bytes.
+class Packed(Generic[Kind]):
+    """What is stored, without its bytes.
 
     Attributes:
-        time: The step that starts from it.
+        time: The step that it is for.
+        what: What it is, for messages.
         places: How each tensor is found again.
         sizes: The bytes of each span.
         devices: Where each span was.
-        fill: Makes the carry from its tensors.
+        fill: Makes it from its tensors.
+        modified_error: Says that a tensor of it was modified.
     """
 
     time: int
+    what: str
     places: tuple[Place | Unpacked, ...]
     sizes: tuple[int, ...]
     devices: tuple[torch.device, ...]
-    fill: Callable[[list[Tensor]], Carry]
+    fill: Callable[[list[Tensor]], Kind]
+    modified_error: Callable[[Tensor, int], ExternalModifiedError]
 
     def check_unpacked(self) -> None:
         """Rule R4, for the tensors that stayed where they are."""
         for place in self.places:
             if isinstance(place, Unpacked) and version_of(place.tensor) != place.version:
-                raise carry_modified_error(place.tensor, self.time)
+                raise self.modified_error(place.tensor, self.time)
 
-    def carry(self, spans: list[Tensor]) -> Carry:
-        """The carry, from new spans, each on its device."""
+    def unpacked(self, spans: list[Tensor]) -> Kind:
+        """What was stored, from new spans, each on its device."""
         with torch.no_grad():
             return self.fill([
                 place.tensor if isinstance(place, Unpacked) else place.tensor(spans[place.span])
@@ -98,27 +131,27 @@ class Constants:
 
     def narrow(self, carry: Carry) -> None:
         """One more carry, while the one before it is held."""
-        now = {_key(tensor): weakref.ref(tensor) for tensor in carry.tensors() if _is_strided(tensor)}
+        now = {_key(tensor): weakref.ref(tensor) for tensor in carry.tensors() if is_strided(tensor)}
         self._tensors = {key: now[key] for key in now if self._tensors is None or self._has(key)}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return _is_strided(tensor) and self._has(_key(tensor))
+        return is_strided(tensor) and self._has(_key(tensor))
 
     def _has(self, key: Key) -> bool:
         found = (self._tensors or {}).get(key)
         return found is not None and found() is not None  # else another storage may be at that address
 
 
-def pack(carry: Carry, time: int, constants: Constants) -> tuple[Packed, list[Tensor]]:
-    """Take a carry apart: what is needed to put it together, and views of its spans as bytes."""
+def pack(content: Kind, time: int, constants: Constants) -> tuple[Packed[Kind], list[Tensor]]:
+    """Take a carry or the like apart: what is needed to put it together, and views of its spans as bytes."""
     with torch.no_grad():
         places: dict[int, Place | Unpacked] = {}
         sharing: dict[Key, dict[int, Tensor]] = {}
-        tensors, fill = carry.taken_apart()
+        tensors, fill = content.taken_apart()
         for index, tensor in enumerate(tensors):
             if tensor in constants:
                 places[index] = Unpacked(tensor, version_of(tensor))
-            elif not _is_strided(tensor):
+            elif not is_strided(tensor):
                 copy = tensor.clone()
                 places[index] = Unpacked(copy, version_of(copy))
             else:
@@ -144,7 +177,8 @@ def pack(carry: Carry, time: int, constants: Constants) -> tuple[Packed, list[Te
                 )
     ordered = tuple([places[index] for index in range(len(tensors))])
     sizes, devices = tuple([span.numel() for span in spans]), tuple([span.device for span in spans])
-    return Packed(time, ordered, sizes, devices, fill), spans
+    what = content.described(time)
+    return Packed(time, what, ordered, sizes, devices, fill, content.modified_error), spans
 
 
 def blank(size: int, *, pinned: bool = False) -> Tensor:
@@ -152,7 +186,20 @@ def blank(size: int, *, pinned: bool = False) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
-def _is_strided(tensor: Tensor) -> bool:
+def same_tensors(one: Carry, other: Carry) -> bool:
+    """Whether two carries that are alive hold the same values at the same places."""
+    tensors, others = one.tensors(), other.tensors()
+    return (
+        one.versions == other.versions
+        and state_keys(one.state) == state_keys(other.state)
+        and plain_state(one.state) == plain_state(other.state)
+        and all(map(is_strided, (*tensors, *others)))
+        and list(map(_key, tensors)) == list(map(_key, others))
+    )
+
+
+def is_strided(tensor: Tensor) -> bool:
+    """Whether a tensor is no more than a strided view of its storage's bytes."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided

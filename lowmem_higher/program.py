@@ -125,7 +125,7 @@ class StepInputs:
     """What one run of a program reads besides the carry; `externals` may be stand-ins for `originals`."""
 
     externals: Sequence[Tensor]
-    originals: Sequence[Tensor]
+    originals: Sequence[object]
     numbers: Sequence[Any]
     rng: Sequence[RngState | None]
     states: Sequence[ModuleState | None]
@@ -147,15 +147,17 @@ class Externals:
             self.tensors.append(tensor)
             self.versions.append(version)
         if version_of(tensor) != version or self.versions[index] != version:
-            raise modified_error(tensor, version, "between its use in the loss and the step")
+            raise modified_error(
+                tuple(tensor.shape), version, version_of(tensor), "between its use in the loss and the step"
+            )
         return Ref("external", index)
 
 
-def modified_error(tensor: Tensor, version: int, when: str) -> ExternalModifiedError:
+def modified_error(shape: tuple[int, ...], version: int, now: int, when: str) -> ExternalModifiedError:
     """Rule R4: a tensor that a step reads must stay as it was."""
     return ExternalModifiedError(
-        f"A tensor of shape {tuple(tensor.shape)} that a recorded step reads was modified in place {when} (version "
-        f"{version} was read, it is now at {version_of(tensor)}), so the step cannot be replayed as it was. Modify a "
+        f"A tensor of shape {shape} that a recorded step reads was modified in place {when} (version "
+        f"{version} was read, it is now at {now}), so the step cannot be replayed as it was. Modify a "
         "copy: t = t.clone(); or hand the step its own data: diffopt.step(fn, t.clone())."
     )
 

@@ -28,13 +28,13 @@ class Report:
         carry_bytes: Bytes of one carry (fast weights, optimizer state, buffers): the largest so far.
         carries_peak_bytes: The most that carries took at once on the device, those of the segment being replayed
             included.
-        externals_bytes: Bytes of the distinct storages that recorded steps hold by reference now; a resident dataset
-            that steps index counts in full, once.
+        externals_bytes: Bytes of the distinct storages that recorded steps and outer terms hold on the device now; a
+            resident dataset that steps index counts in full, once. What is in the store does not count.
         forward_seconds: From entering the context to the end of the last step.
         backward_seconds: Spent in replays and pullbacks.
         update_runs: Carries got by the update rule alone, from a step's journal.
-        journal_bytes: Bytes of the journals that are alive: inner gradients, and buffers.
-        stored_bytes: Bytes of kept carries that are in host memory or on disk now, by `store`.
+        journal_bytes: Bytes of the journals on the device: inner gradients, and buffers.
+        stored_bytes: Bytes in host memory or on disk now, by `store`: kept carries, externals, journals.
         stored_peak_bytes: The most that were there at once.
         unrolled_steps: Steps whose graphs were kept, by `memory_budget` or in a full unroll.
         timeline: What was held when, as `(phase, step, bytes)`: carries alive and externals, after each step of the

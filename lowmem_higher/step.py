@@ -58,7 +58,21 @@ class Carry:
     def check_unmodified(self, time: int) -> None:
         """Rule R4, for the carry: fast weights are updated by steps and `update_params`, not in place."""
         if (tensor := self.modified) is not None:
-            raise carry_modified_error(tensor, time)
+            raise self.modified_error(tensor, time)
+
+    @staticmethod
+    def modified_error(tensor: Tensor, time: int) -> ExternalModifiedError:
+        """Rule R4."""
+        return ExternalModifiedError(
+            f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was modified in "
+            "place after it was kept for the backward. Set new values with fmodel.update_params([...])."
+        )
+
+    advice = "keep fewer carries, checkpoints=10"
+
+    def described(self, time: int) -> str:
+        """What it is, for a message."""
+        return f"the carry of step {time}"
 
     def taken_apart(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Carry]]:
         """The tensors, and the function that makes a carry from such tensors; it holds none of them."""
@@ -75,14 +89,6 @@ class Carry:
             return Carry(weights, state, tuple([next(given) if present else None for present in there]))
 
         return self.tensors(), filled
-
-
-def carry_modified_error(tensor: Tensor, time: int) -> ExternalModifiedError:
-    """Rule R4."""
-    return ExternalModifiedError(
-        f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was modified in place "
-        "after it was kept for the backward. Set new values with fmodel.update_params([...])."
-    )
 
 
 def state_keys(state: State) -> list[StateKey]:
@@ -188,13 +194,81 @@ class Journal:
         """Bytes of them all."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    @property
+    def modified(self) -> Tensor | None:
+        """A tensor that was modified in place since the step."""
+        for tensor, version in zip(self.tensors(), self.versions, strict=True):
+            if version_of(tensor) != version:
+                return tensor
+        return None
+
     def check_unmodified(self, time: int) -> None:
         """Rule R4, for the journal."""
-        if [version_of(tensor) for tensor in self.tensors()] != self.versions:
-            raise ExternalModifiedError(
-                f"An inner gradient of step {time}, kept by journal=True, was modified in place after the step. Let "
-                "grad_callback return tensors of its own, [g.clone() for g in grads], or change copies."
-            )
+        if (tensor := self.modified) is not None:
+            raise self.modified_error(tensor, time)
+
+    @staticmethod
+    def modified_error(tensor: Tensor, time: int) -> ExternalModifiedError:
+        """Rule R4."""
+        return ExternalModifiedError(
+            f"An inner gradient of step {time}, kept by journal=True, was modified in place after the step (shape "
+            f"{tuple(tensor.shape)}). Let grad_callback return tensors of its own, [g.clone() for g in grads], or "
+            "change copies."
+        )
+
+    advice = "recompute without inner gradients, journal=False"
+
+    def described(self, time: int) -> str:
+        """What it is, for a message."""
+        return f"the inner gradient of step {time}"
+
+    def taken_apart(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Journal]]:
+        """The tensors, and the function that makes a journal from such tensors; it holds none of them."""
+        count = len(self.grads)
+        there = [tensor is not None for tensor in (*self.grads, *self.buffers)]
+
+        def filled(tensors: list[Tensor]) -> Journal:
+            given = iter(tensors)
+            found = [next(given) if present else None for present in there]
+            return Journal(found[:count], tuple(found[count:]))
+
+        return self.tensors(), filled
+
+
+class HeldJournal(Protocol):
+    """A journal, on the device or in a store."""
+
+    def get(self) -> Journal:
+        """The journal, on the device."""
+
+
+class Reference(Protocol):
+    """What stands for an external that is large: it may be in a store."""
+
+    @property
+    def version(self) -> int:
+        """How often its storage was written into."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """The tensor's: False."""
+
+    def read(self) -> Tensor:
+        """The tensor, on its device."""
+
+    def use_with(self, others: Sequence[Reference]) -> None:
+        """These are about to be read, together; those read before them are not needed for now."""
+
+
+External = Tensor | Reference
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -208,7 +282,7 @@ class StepRecord:
     rules: DifferentiableOptimizer
     names: list[str]
     token: object
-    externals: list[Tensor]
+    externals: list[External]
     versions: tuple[int, ...]
     numbers: tuple[Any, ...]
     rng: tuple[RngState | None, ...]
@@ -221,8 +295,8 @@ class StepRecord:
     fingerprint: Tensor | None
     segment: Any
     previous: StepRecord | None
-    journal: Journal | None
-    release: Callable[[list[Tensor]], None]
+    journal: HeldJournal | None
+    release: Callable[[list[External]], None]
 
     def __del__(self) -> None:
         """Count the externals off."""
@@ -231,6 +305,19 @@ class StepRecord:
     def stand_ins(self) -> list[Tensor]:
         """The externals, cut off from the user's graph where they have one, to collect their gradients apart."""
         return stand_ins_for(self.externals, self.versions, self.layout.externals_in, f"after step {self.time}")
+
+    def stand_ins_of_update(self) -> list[Tensor]:
+        """The same for the update alone; what it does not read is not fetched from a store."""
+        read = {ref.at for ref in (*self.update.refs, *self.update.found) if ref.kind == "external"}
+        needed = [
+            external if isinstance(external, Tensor) or index in read else _NOT_FETCHED
+            for index, external in enumerate(self.externals)
+        ]
+        versions = [
+            0 if external is _NOT_FETCHED else version
+            for external, version in zip(needed, self.versions, strict=True)
+        ]  # fmt: skip
+        return stand_ins_for(needed, versions, self.layout.externals_in, f"after step {self.time}")
 
     def run(
         self,
@@ -309,17 +396,25 @@ class StepRecord:
         return groups
 
 
+_NOT_FETCHED = torch.empty(0, device="meta")  # no value can be computed from it
+
+
 def stand_ins_for(
-    externals: Sequence[Tensor], versions: Sequence[int], taken: Sequence[int], when: str
+    externals: Sequence[External], versions: Sequence[int], taken: Sequence[int], when: str
 ) -> list[Tensor]:
     """The same tensors cut off from the user's graph; those `taken` require grad, as they did when they were read."""
-    for tensor, version in zip(externals, versions, strict=True):
-        if version_of(tensor) != version:
-            raise modified_error(tensor, version, when)
+    references = [external for external in externals if not isinstance(external, Tensor)]
+    for external, version in zip(externals, versions, strict=True):
+        now = version_of(external) if isinstance(external, Tensor) else external.version
+        if now != version:
+            raise modified_error(tuple(external.shape), version, now, when)
+    if references:
+        references[0].use_with(references)
+    tensors = [external if isinstance(external, Tensor) else external.read() for external in externals]
     with_gradient = set(taken)
     return [
         tensor.detach().requires_grad_() if index in with_gradient else tensor.detach()
-        for index, tensor in enumerate(externals)
+        for index, tensor in enumerate(tensors)
     ]
 
 
@@ -329,12 +424,11 @@ def advance_carry(record: StepRecord, carry: Carry) -> Carry:
         weight.detach().requires_grad_(trainable)
         for weight, trainable in zip(carry.weights, record.layout.trainable, strict=True)
     ]
-    externals, journal = record.stand_ins(), record.journal
-    if journal is not None:
-        journal.check_unmodified(record.time)
-        new_weights, new_state = record.update_again(weights, journal.grads, carry.state, externals, create_graph=False)
+    if record.journal is not None:
+        journal, read = record.journal.get(), record.stand_ins_of_update()
+        new_weights, new_state = record.update_again(weights, journal.grads, carry.state, read, create_graph=False)
         return Carry([weight.detach() for weight in new_weights], new_state, journal.buffers)
-    run = record.run(weights, carry.state, carry.buffers, externals, create_graph=False)
+    run = record.run(weights, carry.state, carry.buffers, record.stand_ins(), create_graph=False)
     return Carry([weight.detach() for weight in run.weights], run.state, run.buffers)
 
 

@@ -1,10 +1,11 @@
-"""Where kept carries live while no step needs them; those in host memory.
+"""Where kept carries, and what else a backward needs, live while no step needs them; what is in host memory.
 
 NOTE [ Copies beside the loop ]
 
 From a CUDA device copies go over a side stream, from and to pinned memory. What is being copied is held, with its
 versions, until the copy is known to be done: freed memory would be used again, and a write in place would tear it.
-One copy is under way at a time, so a loop that is faster than the copies waits for them, and its memory stays bounded.
+One copy is under way at a time, so a loop that is faster than the copies waits for them, and its memory stays bounded;
+carries, journals and externals have a way of their own each.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,29 +23,36 @@ from torch import Tensor
 from lowmem_higher.disk_store import DiskStore
 from lowmem_higher.errors import StoreError
 from lowmem_higher.ledger import Ledger
-from lowmem_higher.packing import Constants, Packed, blank, pack
+from lowmem_higher.packing import Constants, Content, Kind, Packed, blank, pack
 from lowmem_higher.report import format_bytes
-from lowmem_higher.step import Carry, carry_modified_error
+
+Found = TypeVar("Found", covariant=True)
 
 
-class Stored(Protocol):
-    """A carry in a store; freed with its last reference."""
+class Stored(Protocol[Found]):
+    """A carry, a journal or externals in a store; freed with the last reference."""
 
     @property
     def nbytes(self) -> int:
         """The bytes that it takes there."""
 
-    def get(self) -> Carry:
-        """The carry, on its device, with the bits that it had."""
+    def get(self) -> Found:
+        """The same, on its device, with the bits that it had."""
 
 
 class Store(Protocol):
-    """Where carries can be put."""
+    """Where carries, journals and externals can be put."""
 
-    def put(self, carry: Carry, time: int, constants: Constants) -> Stored:
-        """Store the carry that step `time` starts from. Tensors in `constants` stay where they are."""
+    def put(self, content: Kind, time: int, constants: Constants) -> Stored[Kind]:
+        """Store what step `time` starts from or reads. Tensors in `constants` stay where they are."""
 
-    def prefetch(self, stored: Stored) -> None:
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether the store is another place than where a tensor is."""
+
+    def beside(self) -> Store:
+        """The same store, with copies under way beside those of this one."""
+
+    def prefetch(self, stored: Stored[Content]) -> None:
         """This one will be asked for next."""
 
     def let_go(self) -> None:
@@ -66,22 +74,30 @@ def make_store(where: str | os.PathLike[str], ledger: Ledger) -> Store | None:
 
 
 class HostStore:
-    """Carries in host memory, pinned for those from a CUDA device."""
+    """Host memory, pinned for what comes from a CUDA device."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._sending: weakref.ref[InHostMemory] | None = None  # the newest, whose copy may be on its way
-        self._coming: weakref.ref[InHostMemory] | None = None  # whose copy was begun before it was asked for
+        self._sending: weakref.ref[InHostMemory[Any]] | None = None  # the newest, whose copy may be on its way
+        self._coming: weakref.ref[InHostMemory[Any]] | None = None  # whose copy was begun before it was asked for
 
-    def put(self, carry: Carry, time: int, constants: Constants) -> Stored:
-        """Store a carry; on CUDA its copy is on its way when this returns, one at a time."""
+    def put(self, content: Kind, time: int, constants: Constants) -> Stored[Kind]:
+        """Store a carry or the like; on CUDA its copy is on its way when this returns, one at a time."""
         self._settle(wait=True)
-        stored = InHostMemory(carry, *pack(carry, time, constants), self._ledger)
+        stored = InHostMemory(content, *pack(content, time, constants), self._ledger)
         self._sending = weakref.ref(stored)
         self._settle(wait=False)
         return stored
 
-    def prefetch(self, stored: Stored) -> None:
+    def takes(self, tensor: Tensor) -> bool:
+        """What is in host memory is there already."""
+        return tensor.device.type != "cpu"
+
+    def beside(self) -> Store:
+        """Another one, for which nothing has to be waited for."""
+        return HostStore(self._ledger)
+
+    def prefetch(self, stored: Stored[Content]) -> None:
         """Begin to copy it to its CUDA device, one at a time. For a CPU there is nothing to be gained."""
         before = None if self._coming is None else self._coming()
         if before is not stored and before is not None:
@@ -102,15 +118,15 @@ class HostStore:
             self._sending = None
 
 
-class InHostMemory:
-    """A carry in host memory."""
+class InHostMemory(Generic[Kind]):
+    """A carry or the like in host memory."""
 
-    def __init__(self, carry: Carry, packed: Packed, spans: list[Tensor], ledger: Ledger) -> None:
+    def __init__(self, content: Kind, packed: Packed[Kind], spans: list[Tensor], ledger: Ledger) -> None:
         self._packed, self._ledger = packed, ledger
-        self._copies, self._sent = _to_host(spans, packed.time)
-        self._source: Carry | None = carry
+        self._copies, self._sent = _to_host(spans, packed.what, content.advice)
+        self._source: Kind | None = content
         self._source_modified: Tensor | None = None
-        self._coming: tuple[Carry, list[Tensor], dict[torch.device, torch.cuda.Event]] | None = None
+        self._coming: tuple[Kind, list[Tensor], dict[torch.device, torch.cuda.Event]] | None = None
         ledger.count_stored(self, self.nbytes)
 
     @property
@@ -140,22 +156,22 @@ class InHostMemory:
         """It is not needed so soon."""
         self._coming = None
 
-    def get(self) -> Carry:
-        """A new copy, on the carry's device."""
+    def get(self) -> Kind:
+        """A new copy, on the device where the original was."""
         self.settled(wait=True)
         if self._source_modified is not None:
-            raise carry_modified_error(self._source_modified, self._packed.time)
+            raise self._packed.modified_error(self._source_modified, self._packed.time)
         self._packed.check_unpacked()
-        carry, spans, events = self._coming or self._begin()
+        content, spans, events = self._coming or self._begin()
         self._coming = None
         for span in spans:
             if span.is_cuda:
                 stream = torch.cuda.current_stream(span.device)
                 stream.wait_event(events[span.device])
                 span.record_stream(stream)
-        return carry
+        return content
 
-    def _begin(self) -> tuple[Carry, list[Tensor], dict[torch.device, torch.cuda.Event]]:
+    def _begin(self) -> tuple[Kind, list[Tensor], dict[torch.device, torch.cuda.Event]]:
         spans, used = [], set[torch.device]()
         for copy, device in zip(self._copies, self._packed.devices, strict=True):
             if device.type == "cuda":
@@ -165,7 +181,7 @@ class InHostMemory:
             else:
                 spans.append(copy.to(device, copy=True))
         events = {device: _side_stream(device).record_event() for device in used}
-        return self._ledger.keep(self._packed.carry(spans)), spans, events
+        return self._ledger.keep(self._packed.unpacked(spans)), spans, events
 
 
 @functools.cache
@@ -173,7 +189,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _to_host(spans: Sequence[Tensor], time: int) -> tuple[list[Tensor], list[torch.cuda.Event]]:
+def _to_host(spans: Sequence[Tensor], what: str, advice: str) -> tuple[list[Tensor], list[torch.cuda.Event]]:
     """Copies of spans in host memory, and what tells when they are done."""
     copies, used = [], set[torch.device]()
     for span in spans:
@@ -181,8 +197,8 @@ def _to_host(spans: Sequence[Tensor], time: int) -> tuple[list[Tensor], list[tor
             copy = blank(span.numel(), pinned=span.is_cuda)
         except RuntimeError as error:
             raise StoreError(
-                f"There is no host memory for the carry of step {time}, {format_bytes(sum(map(len, spans)))}: {error}\n"
-                "Keep fewer carries, innerloop_ctx(..., checkpoints=10), or put them on disk, store='a/directory'."
+                f"There is no host memory for {what}, {format_bytes(sum(map(len, spans)))}: {error}\n"
+                f"Put it on disk, innerloop_ctx(..., store='a/directory'), or {advice}."
             ) from error
         copies.append(copy)
         if not span.is_cuda:

@@ -18,6 +18,8 @@ from lowmem_higher.budget import Sizes
 from lowmem_higher.carries import Carries
 from lowmem_higher.custom_rules import advance_first, is_custom
 from lowmem_higher.errors import ExternalModifiedError, RecordError
+from lowmem_higher.holdings import Hint, Holdings
+from lowmem_higher.journals import Journals
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim.base import (
@@ -75,7 +77,8 @@ class Trajectory:
         verify: "new", "all" or "off": which replays are checked.
         last: The steps that gradients pass through.
         journal: Whether each step's inner gradient is kept.
-        store: Where kept carries live: "device", "host" or a directory.
+        store: Where kept carries, journals and externals live: "device", "host" or a directory.
+        hint: Whether the warning of batches that outgrow the carries was given.
         progress: Is told how far the run is.
     """
 
@@ -90,18 +93,20 @@ class Trajectory:
         last: LastSteps,
         journal: bool,
         store: str | os.PathLike[str],
+        hint: Hint,
         progress: Progress,
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
         self.last = last
-        self._journal = journal
         self._progress = progress
         self.ledger.on_run = progress.run
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
         self._carries = Carries(schedule, self.ledger, store)
+        self._holdings = Holdings(self._carries.store, self.ledger, hint)
+        self._journals = Journals(self._carries.store, self._carries.constants, self.ledger) if journal else None
         strategies: dict[str, type[NativeReplay] | type[TorchReplay]] = {"native": NativeReplay, "torch": TorchReplay}
         once, twice = self.ledger.count_first_order, self.ledger.count_second_order
         self._count_pullback = once if optimizer.first_order else twice
@@ -288,6 +293,10 @@ class Trajectory:
         before = self._tail if continues else None
         carry = functools.partial(self._carry, weights, state, self._window_buffers)
         segment = self._carries.segment_of(self.ledger.steps, before, carry)
+        held_externals = self._holdings.hold(externals.tensors, self.ledger.steps)
+        journal = None
+        if self._journals is not None:
+            journal = self._journals.hold(Journal(grads, buffers.tensors), self.ledger.steps)
         record = StepRecord(
             time=self.ledger.steps,
             program=program,
@@ -296,7 +305,7 @@ class Trajectory:
             rules=rules,
             names=fmodel._view.slots.names,
             token=fmodel._view.token,
-            externals=externals.tensors,
+            externals=held_externals,
             versions=tuple(externals.versions),
             numbers=tuple(numbers),
             rng=piece.rng,
@@ -309,7 +318,7 @@ class Trajectory:
             fingerprint=mark,
             segment=segment,
             previous=before if before is not None and before.segment is segment else None,
-            journal=self.ledger.write(Journal(grads, buffers.tensors)) if self._journal else None,
+            journal=journal,
             release=self.ledger.release,
         )
         self.ledger.hold(record.externals)
@@ -365,7 +374,7 @@ class Trajectory:
             check_dependence(loss, weights, externals.tensors, self._since, made_inside, self._is_step)
             carry = None
             if before is None:
-                carry = self._carries.keep(self._carry(weights, state, self._window_buffers), checkpoint=True)
+                carry = self._carries.hold(self.ledger.steps, self._carry(weights, state, self._window_buffers))
             term = TermRecord(
                 time=self.ledger.steps,
                 program=self._programs.setdefault(piece.program, piece.program),
@@ -373,7 +382,7 @@ class Trajectory:
                 before=before,
                 carry=carry,
                 trainable=tuple([weight.requires_grad for weight in weights]),
-                externals=externals.tensors,
+                externals=self._holdings.hold(externals.tensors, self.ledger.steps),
                 versions=tuple(externals.versions),
                 externals_in=tuple([i for i, tensor in enumerate(externals.tensors) if tensor.requires_grad]),
                 numbers=piece.numbers,
@@ -381,7 +390,9 @@ class Trajectory:
                 states=piece.states,
                 targets=piece.targets,
                 loss=None if self._verify == "off" else value,
+                release=self.ledger.release,
             )
+            self.ledger.hold(term.externals)
             inputs = [weights[index] for index in term.weights_in]
             inputs += [externals.tensors[index] for index in term.externals_in]
             with torch.enable_grad():
@@ -392,10 +403,11 @@ class Trajectory:
         """The gradients of a term's inputs, from the cotangent of its value."""
         started = time.perf_counter()
         with self._recorder.watching(None), torch.enable_grad():
-            if term.carry is not None:
-                term.carry.check_unmodified(term.time)
-            carry = term.carry if term.before is None else self._carries.after(term.before)
-            assert carry is not None
+            if term.before is not None:
+                carry = self._carries.after(term.before)
+            else:
+                assert term.carry is not None
+                carry = self._carries.read(term.carry)
             self.ledger.count_first_order()
             grads = term.gradients(carry, cotangent)
         self.ledger.backward_seconds += time.perf_counter() - started

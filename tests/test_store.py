@@ -296,7 +296,7 @@ def test_carries_on_disk_take_no_live_bytes(folder: Path) -> None:
 @pytest.mark.parametrize("setting", [{"checkpoint_every": 5}, {"checkpoints": 20}, {"checkpoints": 4}], ids=str)
 def test_the_laws_of_memory(setting: dict[str, Any], folder: Path) -> None:
     """On the device c + 3 or 5 carries and one step's graph, whatever is stored; of them c or 3 count as carries."""
-    graph = graph_bytes()
+    graph = graph_bytes(wide(), X)
     for length in (40, 120):
         _, peak, report = measured(length, folder, **setting)
         every, slots = setting.get("checkpoint_every"), setting.get("checkpoints")
