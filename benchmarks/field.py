@@ -13,9 +13,9 @@ held-out loss with respect to the initial weights and the learning rate.
     JAX           scan in scan, both checkpointed, one compiled function (see in_jax.py)
     lowmem_higher under the settings named
 
-Every rival is called once first (JAX compiles, allocators fill): "first" is what that took beyond a median run. Then all
-rivals in turn, as often as --repeats says, or once where a run takes over --long seconds. Peak memory is that of live
-tensor storages in a run of its own, not measured where a run is long; of JAX the compiled program's own account
+Every rival is called once first (JAX compiles, allocators fill): "first" is what that took beyond a median run. Then
+all rivals in turn, as often as --repeats says, or once where a run takes over --long seconds. Peak memory is that of
+live tensor storages in a run of its own, not measured where a run is long; of JAX the compiled program's own account
 (temporary and output buffers). One thread for all: the process is bound to one core.
 """
 
@@ -162,10 +162,9 @@ def measure(problem: Problem, steps: int, names: list[str], arguments: argparse.
 
 def table(rows: list[Row]) -> str:
     """Nets and steps down, one row a rival."""
-    lines = [
-        "| net | T | rival | seconds: median (min to max) | first call beyond it | time / higher | peak | model calls | gradient vs higher |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["net", "T", "rival", "seconds: median (min to max)", "first call beyond it", "time / higher", "peak"]
+    columns += ["model calls", "gradient vs higher"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         start = f"| {row.net} | {row.steps} | {row.rival} |"
         if row.median is None:
@@ -174,9 +173,8 @@ def table(rows: list[Row]) -> str:
         spread = f"{row.median:.3g} ({min(row.seconds):.3g} to {max(row.seconds):.3g})"
         peak = "" if row.peak_bytes is None else common.format_bytes(row.peak_bytes)
         times = "" if row.times_higher is None else f"{row.times_higher:.2f}"
-        lines.append(
-            f"{start} {spread} | {row.first_seconds:.2g} | {times} | {peak} | {row.model_calls or ''} | {row.difference:.0e} |"
-        )
+        cost = f"{spread} | {row.first_seconds:.2g} | {times} | {peak} | {row.model_calls or ''}"
+        lines.append(f"{start} {cost} | {row.difference:.0e} |")
     return "\n".join(lines)
 
 
