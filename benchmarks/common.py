@@ -208,6 +208,7 @@ class Rival:
     spacing: Callable[[int], int] | None = None
     replay: str = "native"
     budget: str | None = None
+    graphs: int = 1
 
     @property
     def grows_with_steps(self) -> bool:
@@ -224,7 +225,7 @@ class Rival:
             return {}
         if self.budget is not None:
             return {"memory_budget": self.budget, "steps": steps}
-        return {"checkpoint_every": self.checkpoint_every(steps), "replay": self.replay}
+        return {"checkpoint_every": self.checkpoint_every(steps), "replay": self.replay, "graphs": self.graphs}
 
     def describe(self, steps: int) -> str:
         """Name with the spacing of this run, as tables show it."""
@@ -275,6 +276,7 @@ SETTINGS = (
 HIGHER = Rival("higher", "higher")
 UNROLL = Rival("full unroll", "lowmem_higher")
 NATIVE_TEN = Rival("native", "lowmem_higher", ten)
+GRAPHS_TEN = Rival("ten graphs", "lowmem_higher", ten, graphs=10)
 NATIVE_ROOT = Rival("native sqrt", "lowmem_higher", square_root)
 TORCH_TEN = Rival("torch", "lowmem_higher", ten, replay="torch")
 AMPLE = Rival("ample budget", "lowmem_higher", budget="1TiB")

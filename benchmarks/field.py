@@ -36,7 +36,7 @@ from typing import Any
 
 import common
 import torch
-from common import AMPLE, HIGHER, NATIVE_ROOT, NATIVE_TEN, CountedModel, Problem, Rival, Setting
+from common import AMPLE, GRAPHS_TEN, HIGHER, NATIVE_ROOT, NATIVE_TEN, CountedModel, Problem, Rival, Setting
 from scaling import by_hand
 from torch import Tensor
 
@@ -47,7 +47,7 @@ LONGEST = {"conv4": 200, "gpt": 200}  # of the default run: longer ones take hou
 MIXED = Setting("N=10, mixed", lambda steps: {"checkpoint_every": 10, "pullback": "mixed"})
 COMPILED = Setting("N=10, compiled", lambda steps: {"checkpoint_every": 10, "compile": True})
 SLOTS = Setting("s=30", lambda steps: {"checkpoints": 30})
-OURS: tuple[Rival | Setting, ...] = (AMPLE, NATIVE_TEN, NATIVE_ROOT, SLOTS, MIXED, COMPILED)
+OURS: tuple[Rival | Setting, ...] = (AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, SLOTS, MIXED, COMPILED)
 
 
 @dataclass

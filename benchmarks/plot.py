@@ -20,11 +20,18 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 COLORS = {
     "higher": "#c0392b",
     "full unroll": "#e08e0b",
+    "ample budget": "#6b6b6b",
+    "ten graphs": "#58a7e0",
     "native": "#1f6fb4",
     "native sqrt": "#14876b",
     "torch": "#7d5ba6",
 }
-LEGEND = {"native": "native, N=10", "native sqrt": "native, N=sqrt(T)", "torch": "torch, N=10"}
+LEGEND = {
+    "ten graphs": "native, N=10, 10 graphs",
+    "native": "native, N=10",
+    "native sqrt": "native, N=sqrt(T)",
+    "torch": "torch, N=10",
+}
 INK, GRID = "#222222", "#dddddd"
 
 
@@ -85,7 +92,7 @@ def vs_higher(result: dict[str, Any], path: Path) -> None:
                     linestyle="none", marker="o", markersize=4.5, color=color,
                     markerfacecolor="white" if computed else color,
                 )  # fmt: skip
-        target = next((row["target"] for row in mine if row["target"] is not None), None)
+        target = next((row["target"] for row in mine if row["rival"] == "native"), None)
         if target is not None:
             above.axhline(target, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), label="target for native, N=10")
         above.set_ylim(bottom=0)
@@ -104,6 +111,40 @@ def vs_higher(result: dict[str, Any], path: Path) -> None:
     grid[1][0].set_ylabel("peak live bytes (hollow: computed)")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def field(result: dict[str, Any], path: Path) -> None:
+    """Seconds against peak memory, a point for each rival, one panel for each net and T."""
+    cells = list(dict.fromkeys((row["net"], row["steps"]) for row in result["rows"]))
+    columns = min(3, len(cells))
+    lines = -(-len(cells) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(5.4 * columns, 4.2 * lines), squeeze=False)
+    for axes in grid.flat[len(cells) :]:
+        axes.set_visible(False)
+    names = list(dict.fromkeys(row["rival"] for row in result["rows"]))
+    colors = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+    for axes, (net, steps) in zip(grid.flat, cells, strict=False):
+        for row in result["rows"]:
+            if (row["net"], row["steps"]) == (net, steps) and row["median"] and row["peak_bytes"]:
+                axes.plot(
+                    row["peak_bytes"], row["median"], linestyle="none", marker="o", markersize=8,
+                    color=colors[row["rival"]], label=row["rival"],
+                )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.set_title(f"{net}, T={steps}", loc="left", fontsize=12, fontweight="bold", color=INK)
+        axes.set_xlabel("peak memory")
+        axes.set_ylabel("seconds")
+    handles = {
+        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

@@ -33,12 +33,13 @@ from typing import Any
 
 import common
 import torch
-from common import AMPLE, HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Problem, Rival
+from common import AMPLE, GRAPHS_TEN, HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Problem, Rival
 from torch import Tensor
 
-RIVALS = (HIGHER, UNROLL, AMPLE, NATIVE_TEN, NATIVE_ROOT, TORCH_TEN)
-TARGET_RIVALS = (HIGHER, AMPLE, NATIVE_TEN)
+RIVALS = (HIGHER, UNROLL, AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, TORCH_TEN)
+TARGET_RIVALS = (HIGHER, AMPLE, GRAPHS_TEN, NATIVE_TEN)
 TARGETS = {  # time over higher's
+    GRAPHS_TEN: {"tiny": 1.5, "mlp512": 1.35, "conv4": 1.35},
     NATIVE_TEN: {"tiny": 1.5, "mlp512": 1.35, "conv4": 1.35},
     AMPLE: {"tiny": 1.0, "mlp512": 1.0, "conv4": 1.3},
 }
