@@ -148,6 +148,10 @@ class DifferentiableOptimizer:
         """The indices of the parameters that are optimized."""
         return frozenset(index for indices in self._group_to_param_list for index in indices)
 
+    def parameter(self, group: int, position: int) -> int:
+        """The index of a parameter among all, by its place in a group."""
+        return self._group_to_param_list[group][position]
+
     first_order = False  # whether gradients treat each inner gradient as a constant
     elementwise = False  # whether `update` treats each element alone, so that it may run on many parameters joined
     scalars: tuple[str, ...] = ("step",)  # state that is one number for a whole parameter
