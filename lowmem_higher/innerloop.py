@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_higher.blocks import Selection, block_paths, make_blocks
 from lowmem_higher.budget import budget_bytes, parse_budget
 from lowmem_higher.budgeted import Budgeted
 from lowmem_higher.holdings import Hint
@@ -30,7 +31,7 @@ from lowmem_higher.slip import warn_of_slip
 from lowmem_higher.trajectory import Trajectory
 
 _ALL = 1 << 60  # carries, until it is known how many fit
-_CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
+_CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse", "mixed"), "verify": ("new", "all", "off")}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Settings:
     journal: bool = False
     store: str | os.PathLike[str] = "device"
     progress: bool | str = False
+    blocks: Selection | None = None
+    microbatches: int = 1
 
     def __post_init__(self) -> None:
         _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
@@ -92,6 +95,45 @@ class Settings:
             if getattr(self, name) not in choices:
                 allowed = " or ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it can be {allowed}.")
+        self._check_mixed()
+
+    def _check_mixed(self) -> None:
+        if isinstance(self.microbatches, bool) or not isinstance(self.microbatches, int):
+            raise TypeError(
+                f"microbatches={self.microbatches!r} is a {type(self.microbatches).__name__}; it must be a whole "
+                "number: each batch is cut into so many parts. Use microbatches=4, or 1 for whole batches."
+            )
+        if self.microbatches < 1:
+            raise ValueError(
+                f"microbatches={self.microbatches} must be at least 1: each batch is cut into so many parts."
+            )
+        asked = [
+            name
+            for name, given in (("blocks", self.blocks is not None), ("microbatches", self.microbatches > 1))
+            if given
+        ]
+        if self.pullback == "reverse":
+            if asked:
+                raise ValueError(
+                    f"{asked[0]} saves memory in mixed mode only: what reverse over reverse mode computes again it "
+                    f'keeps all the same. Ask for mixed mode: innerloop_ctx(..., pullback="mixed", {asked[0]}=...).'
+                )
+            return
+        if self.schedule is None:
+            raise ValueError(
+                'pullback="mixed" pulls back one step at a time, and the full unroll differentiates all steps as one '
+                'graph. Say which carries to keep: innerloop_ctx(..., checkpoint_every=10, pullback="mixed").'
+            )
+        if self.replay != "native":
+            raise ValueError(
+                f'replay={self.replay!r} builds the second-order graphs of a whole segment, and pullback="mixed" '
+                'builds none. Leave one of them out: innerloop_ctx(..., pullback="mixed").'
+            )
+        if self.first_order:
+            raise ValueError(
+                'pullback="mixed" is a way to differentiate inner gradients, and with first_order=True they are '
+                "constants. Leave one of them out: innerloop_ctx(..., first_order=True)."
+            )
 
     def _check_graphs(self) -> None:
         meaning, otherwise = "the backward holds the graphs of so many steps", "1 for the least memory"
@@ -218,6 +260,8 @@ def innerloop_ctx(
     journal: bool = False,
     store: str | os.PathLike[str] = "device",
     progress: bool | str = False,
+    blocks: Selection | None = None,
+    microbatches: int = 1,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
 
@@ -343,6 +387,8 @@ def innerloop_ctx(
         journal=journal,
         store=store,
         progress=progress,
+        blocks=blocks,
+        microbatches=microbatches,
     )
     where = None if device is None else torch.device(device)
     fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
@@ -376,6 +422,10 @@ class _Wiring:
         self._live: LiveModule | None = None
         if settings.schedule is not None and tracked:
             self._live = LiveModule(model, fmodel, recorder())
+            if settings.blocks is not None:
+                paths = block_paths(model, settings.blocks)
+                make_blocks(fmodel, paths)
+                make_blocks(self._live.twin.root, paths)
             call_submodules_through(fmodel, self._live)
         self._model = model
         self._last = fmodel._view.last
@@ -405,6 +455,7 @@ class _Wiring:
             settings.store,
             self._hint,
             progress,
+            settings.microbatches if settings.pullback == "mixed" else None,
         )
         if settings.memory_budget is None:
             optimizer.follow(trajectory, trajectory)

@@ -1,0 +1,390 @@
+"""Mixed mode: one step is pulled back without a second-order graph.
+
+NOTE [ Mixed mode ]
+
+A step maps weights P and optimizer state S to U(P, S, g, h), with g the gradient of the inner loss L(P, e) and h the
+hyperparameters. Given cotangents of its outputs:
+
+M1  Reverse mode through U and `grad_callback` alone, with g as a leaf, gives what U passes to P, S and h, and v, the
+    cotangent of g.
+M2  L passes on the derivative of <g(P, e), v> by P and e, which is the derivative of the gradient by (P, e) along v:
+    forward over reverse mode, one pass (`forward_over_reverse.py`).
+M3  g is needed for M1, and comes out of M2. Where v does not depend on g (SGD), zeros stand for g at first; v is
+    compared with the v of the true g, to the bit. Elsewhere g is the journal's, or comes of a first-order run.
+M4  The first use of a step program, of shapes and of train/eval flags runs in reverse mode as well, and both results
+    must agree; later uses are checked by the loss and the gradient. A program that cannot be run so, or differs, is
+    pulled back by reverse mode from then on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_higher.blocks import blocks_run
+from lowmem_higher.custom_rules import is_custom
+from lowmem_higher.errors import LowmemError, MixedFallbackWarning, ReplayMismatchError
+from lowmem_higher.forward_over_reverse import gradient_and_derivative
+from lowmem_higher.microbatches import MicroBatches, Parts, Whole, cannot_cut
+from lowmem_higher.optim.base import Gradients
+from lowmem_higher.program import StepProgram
+from lowmem_higher.pullback import Carries, PulledBack, carry_stand_ins, inputs_of, outputs_of, second_order_graph
+from lowmem_higher.replay_state import Ambient
+from lowmem_higher.second_order import second_order_here
+from lowmem_higher.step import (
+    Carry,
+    StepRecord,
+    check_fingerprint,
+    check_loss_value,
+    tolerance_of,
+)
+
+
+class MixedReplay:
+    """Advances first-order to the step's carry, then pulls that one step back in mixed mode.
+
+    Args:
+        count_first: Counts a first-order run.
+        count_second: Counts a run of mixed or of reverse mode.
+        verify: "new", "all" or "off": which uses of a program are compared with reverse mode.
+        microbatches: Into how many parts each batch is cut.
+    """
+
+    def __init__(
+        self, count_first: Callable[[], None], count_second: Callable[[], None], verify: str, microbatches: int
+    ) -> None:
+        self.count_first, self.count_second = count_first, count_second
+        self._verify = verify
+        self._micro_batches = MicroBatches(microbatches) if microbatches > 1 else None
+        self._agreed: set[Any] = set()
+        self._reverse: set[StepProgram] = set()
+        self.independent: set[Any] = set()  # updates whose v does not depend on g (M3)
+
+    def graph(self, record: StepRecord, carries: Carries) -> PulledBack:
+        """The step, ready to be pulled back."""
+        return _MixedStep(self, record, carries.carry_before(record))
+
+    def parts(self, record: StepRecord, carry: Carry, externals: list[Tensor]) -> Parts:
+        """The loss of a step as a sum of parts."""
+        if self._micro_batches is None:
+            return Whole(record, carry, externals)
+        return self._micro_batches.parts(record, carry, externals)
+
+    def wants_comparison(self, record: StepRecord) -> bool:
+        """Whether this use is compared with reverse mode (M4)."""
+        return self._verify == "all" or (self._verify == "new" and _kind_of(record) not in self._agreed)
+
+    def agreed(self, record: StepRecord) -> None:
+        """Both modes gave the same."""
+        self._agreed.add(_kind_of(record))
+
+    def in_reverse(self, record: StepRecord) -> bool:
+        """Whether this program is pulled back by reverse mode."""
+        return record.program in self._reverse
+
+    def fall_back(self, record: StepRecord, why: str) -> None:
+        """Pull this program back by reverse mode from now on, and say so."""
+        self._reverse.add(record.program)
+        warnings.warn(
+            MixedFallbackWarning(
+                f'pullback="mixed" cannot pull back step {record.time}, and others of the same program: {why}. They '
+                "are pulled back by reverse mode instead, whose gradient is the same and whose memory is that of "
+                'pullback="reverse".'
+            ),
+            stacklevel=2,
+        )
+
+
+def _kind_of(record: StepRecord) -> Any:
+    tensors = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in record.externals])
+    training = tuple([part.get("training") for state in record.states if state for part in state.plain])
+    return record.program, record.layout, record.update.structure, tensors, training
+
+
+class _UnableError(RuntimeError):
+    """Mixed mode did not give what it must."""
+
+
+_CANNOT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
+
+class _MixedStep:
+    """One step from its carry."""
+
+    def __init__(self, replay: MixedReplay, record: StepRecord, carry: Carry) -> None:
+        self._replay, self._record, self._carry = replay, record, carry
+
+    def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The vector-Jacobian product."""
+        replay, record = self._replay, self._record
+        if replay.in_reverse(record):
+            return self._in_reverse(cotangents)
+        try:
+            pass_ = _Pass(replay, record, self._carry)
+            found = pass_.pull_back(cotangents)
+        except (LowmemError, torch.OutOfMemoryError):
+            raise
+        except _CANNOT as error:
+            replay.fall_back(record, _in_short(error))
+            return self._in_reverse(cotangents)
+        if not replay.wants_comparison(record):
+            return found
+        expected = self._in_reverse(cotangents)
+        if (difference := _difference(record, found, expected)) is not None:
+            replay.fall_back(record, difference)
+        elif pass_.derived:
+            replay.agreed(record)
+        return expected
+
+    def _in_reverse(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        self._replay.count_second()
+        with torch.enable_grad(), blocks_run("plain"):
+            graph = second_order_graph(self._record, self._carry)
+            return graph.pull_back(cotangents)
+
+
+class _Pass:
+    """One step in mixed mode; see NOTE [ Mixed mode ]."""
+
+    def __init__(self, replay: MixedReplay, record: StepRecord, carry: Carry) -> None:
+        self._replay, self._record = replay, record
+        self._buffers = carry.buffers
+        self.derived = False  # whether M2 was run along a direction other than zero
+        with torch.enable_grad():
+            self._weights, self._state = carry_stand_ins(record, carry)
+            self._externals = record.stand_ins()
+            self._parts = replay.parts(record, carry, self._externals)
+
+    def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The cotangents of the step's inputs."""
+        record, rule = self._record, self._rule
+        guessed = rule in self._replay.independent
+        grads = self._zeros() if guessed else self._gradient()
+        direct, vectors = self._through_update(grads, cotangents, check=not guessed)
+        if not guessed and rule is not None and self._replay.wants_comparison(record):
+            zeros: Gradients = [None if grad is None else torch.zeros_like(grad) for grad in grads]
+            if _same(vectors, self._through_update(zeros, cotangents, check=False)[1]):
+                self._replay.independent.add(rule)
+        if not guessed and all(vector is None for vector in vectors):
+            return direct
+        self.derived = any(vector is not None and bool(vector.any()) for vector in vectors)
+        if not guessed:
+            norms = [None if grad is None else torch.linalg.vector_norm(grad) for grad in grads]
+        del grads
+        found, derived = self._derivative(vectors)
+        if guessed:
+            direct, true_vectors = self._through_update(found, cotangents, check=True)
+            if not _same(vectors, true_vectors):
+                self._replay.independent.discard(rule)
+                return self.pull_back(cotangents)
+        else:
+            self._check_gradient(norms, found)
+        return [
+            one if other is None else other if one is None else one + other
+            for one, other in zip(direct, derived, strict=True)
+        ]
+
+    @property
+    def _rule(self) -> Any:
+        """What v may be independent of g for: the update as it was configured; None where it surely isn't."""
+        record = self._record
+        if record.callback is not None or record.journal is not None or is_custom(record.rules):
+            return None
+        return record.update, type(record.rules), record.layout
+
+    def _zeros(self) -> Gradients:
+        updated = set(self._record.layout.weights_out)
+        return [torch.zeros_like(w) if index in updated else None for index, w in enumerate(self._weights)]
+
+    # The gradient
+
+    def _gradient(self) -> Gradients:
+        """The inner gradient, by a first-order run or from the journal."""
+        record, parts = self._record, self._parts
+        if record.journal is not None and record.callback is None:
+            record.journal.check_unmodified(record.time)
+            return record.journal.grads
+        self._replay.count_first()
+        total, grads = None, list[Tensor | None]()
+        with torch.enable_grad():
+            for part in range(parts.count):
+                loss = parts.loss(part, self._weights, parts.leaves)
+                with self._ambient():
+                    found = record.rules.gradients(loss, self._weights, create_graph=False, retain_graph=False)
+                total = loss.detach() if total is None else total + loss.detach()
+                grads = found if not grads else [_sum(one, other) for one, other in zip(grads, found, strict=True)]
+        assert total is not None
+        self._check_loss(total)
+        if record.fingerprint is not None:
+            check_fingerprint(record, total, grads)
+        return grads
+
+    def _check_loss(self, loss: Tensor) -> None:
+        record, count = self._record, self._parts.count
+        if record.loss is None:
+            return
+        try:
+            check_loss_value(record, loss)
+        except ReplayMismatchError:
+            if count == 1:
+                raise
+            why = f"it is {record.loss:.9g}, and the parts give {loss.item():.9g}"
+            raise cannot_cut(record, count, why) from None
+
+    def _check_gradient(self, norms: Sequence[Tensor | None], found: Gradients) -> None:
+        pairs = [(norm, new) for norm, new in zip(norms, found, strict=True) if norm is not None and new is not None]
+        before = torch.stack([norm for norm, _ in pairs])
+        now = torch.stack([torch.linalg.vector_norm(new) for _, new in pairs])
+        tolerance = tolerance_of(self._record, [new for _, new in pairs])
+        if not torch.linalg.vector_norm(before - now) <= tolerance * torch.linalg.vector_norm(before):
+            raise _UnableError("in forward over reverse mode the inner gradient differs from the one in reverse mode")
+
+    # M1
+
+    def _through_update(
+        self, grads: Gradients, cotangents: Sequence[Tensor | None], *, check: bool
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """The cotangents of the step's inputs through the update alone, and those of the gradients."""
+        record, weights, externals = self._record, self._weights, self._externals
+        with torch.enable_grad():
+            leaves = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
+            with self._ambient():
+                used = record.called_back(leaves, weights, externals)
+            advance = record.update_again if check else record.update_only
+            new_weights, new_state = advance(weights, used, self._state, externals, create_graph=True)
+        inputs = inputs_of(record.layout, weights, self._state, externals)
+        pairs = [
+            (output, cotangent)
+            for output, cotangent in zip(outputs_of(record.layout, new_weights, new_state), cotangents, strict=True)
+            if cotangent is not None and output.requires_grad
+        ]
+        vectors: list[Tensor | None] = [None] * len(grads)
+        if not pairs:
+            return [None] * len(inputs), vectors
+        present = [index for index, leaf in enumerate(leaves) if leaf is not None]
+        wanted = [*inputs, *(leaf for leaf in leaves if leaf is not None)]
+        outputs, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True)
+        for index, vector in zip(present, found[len(inputs) :], strict=True):
+            vectors[index] = vector
+        return list(found[: len(inputs)]), vectors
+
+    # M2
+
+    def _derivative(self, vectors: Sequence[Tensor | None]) -> tuple[Gradients, list[Tensor | None]]:
+        """The inner gradient, and its derivative by the step's inputs along `vectors`."""
+        parts, layout = self._parts, self._record.layout
+        weights = [weight.detach() for weight in self._weights]
+        leaves = [leaf.detach() for leaf in parts.leaves]
+        wanted = [index for index, leaf in enumerate(parts.leaves) if leaf.requires_grad]
+        inputs = [*(weights[index] for index in layout.weights_in), *(leaves[index] for index in wanted)]
+        tangents = [*(vectors[index] for index in layout.weights_in), *([None] * len(wanted))]
+        count = len(layout.weights_in)
+        self._replay.count_second()
+        total: Tensor | None = None
+        grads: list[Tensor | None] = [None] * len(inputs)
+        derived: list[Tensor | None] = [None] * len(inputs)
+        for part in range(parts.count):
+
+            def loss(*given: Tensor, part: int = part) -> Tensor:
+                weights_here, leaves_here = list(weights), list(leaves)
+                for index, tensor in zip(layout.weights_in, given[:count], strict=True):
+                    weights_here[index] = tensor
+                for index, tensor in zip(wanted, given[count:], strict=True):
+                    leaves_here[index] = tensor
+                return parts.loss(part, weights_here, leaves_here)
+
+            with torch.enable_grad(), blocks_run("dual"), self._ambient():
+                value, found, along = gradient_and_derivative(loss, inputs, tangents)
+            total = value if total is None else total + value
+            with torch.no_grad():
+                for index in range(len(inputs)):
+                    if index < count:
+                        grads[index] = _sum(grads[index], found[index])
+                    derived[index] = _sum(derived[index], along[index])
+            del found, along
+        assert total is not None
+        self._check_derivative(total)
+        by_weight = dict(zip(layout.weights_in, grads, strict=False))
+        updated = set(layout.weights_out)
+        gradient = [by_weight.get(index) if index in updated else None for index in range(len(weights))]
+        by_leaf = {index: along for index, along in zip(wanted, derived[count:], strict=True) if along is not None}
+        by_external = parts.to_externals(by_leaf)
+        return gradient, [
+            *derived[:count],
+            *([None] * len(layout.state_in)),
+            *(by_external.get(index) for index in layout.externals_in),
+        ]
+
+    def _check_derivative(self, total: Tensor) -> None:
+        try:
+            self._check_loss(total)
+        except ReplayMismatchError as error:
+            if self._parts.count > 1:
+                raise
+            raise _UnableError("in forward over reverse mode the loss is another one") from error
+
+    @contextmanager
+    def _ambient(self) -> Iterator[None]:
+        with self._record.update.ambient.restored(Ambient.capture()), second_order_here():
+            yield
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
+
+
+def _same(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether vectors are equal to the bit."""
+    return all(
+        one is other if one is None or other is None else torch.equal(one, other)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
+# How far both modes may differ by rounding, relative to the norm. In float32 the products with a Hessian are exact to
+# eps (6e-8) times the condition of the sum; the square root of eps leaves room for a loss of 3 digits, and an operator
+# that is wrong is off by far more.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-4}
+_COARSE = 5e-2  # half precision
+
+
+def _difference(record: StepRecord, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> str | None:
+    """Where two results differ by more than rounding, in words; None if nowhere."""
+    layout = record.layout
+    names = [
+        *(f"weight {record.names[index]}" for index in layout.weights_in),
+        *(f"optimizer state {key[2]!r}" for key in layout.state_in),
+        *(f"a tensor of shape {tuple(record.externals[index].shape)}" for index in layout.externals_in),
+    ]
+    of_weights = len(layout.weights_in)
+    # A gradient that is zero but for rounding (a bias before a normalization) is judged by the norm of all weights'.
+    floors = [tensor.abs().square().sum() for tensor in expected[:of_weights] if tensor is not None]
+    floor = 1e-3 * torch.stack([part.to(floors[0]) for part in floors]).sum().sqrt().item() if floors else 0.0
+    for position, (name, one, other) in enumerate(zip(names, found, expected, strict=True)):
+        if one is None and other is None:
+            continue
+        here = other if one is None else one
+        assert here is not None
+        scale = 0.0 if other is None else torch.linalg.vector_norm(other).item()
+        error = torch.linalg.vector_norm((0 if one is None else one) - (0 if other is None else other)).item()
+        coarse = any(instruction.ambient.autocast_enabled for instruction in record.program.instructions)
+        tolerance = _COARSE if coarse else _TOLERANCE.get(here.dtype.to_real(), _COARSE)
+        if not error <= tolerance * max(scale, floor if position < of_weights else 0.0):
+            return (
+                f"for {name} it gives a gradient that differs from reverse mode's by {error:.3g}, where that has norm "
+                f"{scale:.3g} (an operator whose derivative in forward mode is wrong or another one)"
+            )
+    return None
+
+
+def _in_short(error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return first if len(first) <= 300 else first[:297] + "..."
