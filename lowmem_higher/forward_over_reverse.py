@@ -59,7 +59,7 @@ def gradient_and_derivative(
     with _one_level, forward_ad.dual_level():
         _load_rules()
         duals = [
-            tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
+            tensor if tangent is None else forward_ad.make_dual(_alone(tensor), tangent)
             for tensor, tangent in zip(inputs, tangents, strict=True)
         ]
         value, pull_back = cast(Any, torch.func.vjp(as_reverse_mode(function), *duals))
@@ -71,6 +71,11 @@ def gradient_and_derivative(
             [part.primal.detach() for part in parts],
             [None if part.tangent is None or part.tangent._is_zerotensor() else part.tangent for part in parts],
         )
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in a storage of its own: for one that is a part of a storage, torch makes a tangent of it all."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 @functools.cache

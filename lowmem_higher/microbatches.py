@@ -2,27 +2,28 @@
 
 NOTE [ How a program is cut into parts ]
 
-What a step program computes before it meets the weights (a batch taken by its indices, say) is computed once. What the
-rest of the program is handed from there and from outside are its arguments; the batch has the length of the first
-argument that is a tensor with a dimension. Arguments of that length are cut along their first dimension, the others are
-whole in each part. The losses of the parts are then averaged by their lengths, or added up, whichever gives the loss of
-the step. That this is so is checked at every step; so a loss that is neither is refused, as is one that uses
-statistics of its batch.
+The batch has the length of the first tensor with a dimension that is handed to a call which reads the weights. What
+else has that length along its first dimension, an external or a value made from other tensors (a batch taken out of
+a data set), is cut along it; other tensors are whole in each part. So the calls that need no cut tensor and no weight
+run once, and the rest once for each part. The losses of the parts are averaged by their lengths, or added up, whichever
+gives the loss of the step. That this is so is checked at every step; so a loss that is neither is refused, as is one
+that uses statistics of its batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lowmem_higher.errors import ReplayMismatchError
+from lowmem_higher.errors import LowmemError, ReplayMismatchError
 from lowmem_higher.live_module import ModuleCall
 from lowmem_higher.program import Instruction, Ref, StepInputs, StepProgram
+from lowmem_higher.second_order import second_order_here
 from lowmem_higher.step import Carry, StepRecord, tolerance_of
 
 
@@ -74,61 +75,89 @@ class MicroBatches:
         program = record.program
         cut = self._cuts.get(program)
         if cut is None:
-            cut = self._cuts[program] = _Cut(program)
+            cut = self._cuts[program] = _Cut(record, carry, externals, self.count)
         cut.refuse(record, self.count)
         parts = _Parts(record, carry, externals, cut, self.count)
         if program not in self._means:
             self._means[program] = _is_mean(record, carry, parts)
-        parts.is_mean = self._means[program]
+        parts.is_mean, parts.checked = self._means[program], True
         return parts
 
 
 class _Cut:
-    """A program in two: what it computes without the weights, and the rest, whose arguments are new externals."""
+    """A program in two: what runs once, and the rest, whose arguments are further externals, cut or whole."""
 
-    def __init__(self, program: StepProgram) -> None:
-        reads: set[int] = set()
-        for index, instruction in enumerate(program.instructions):
-            if isinstance(instruction.call, ModuleCall) or any(
-                ref.kind == "weight" or (ref.kind in ("made", "buffers") and ref.at in reads)
-                for ref in _all_refs(instruction)
-            ):
-                reads.add(index)
-        self.program = program
-        self.writes = any(ref.kind == "made" and ref.output < 0 for i in program.instructions for ref in i.refs)
-        self.before = [index for index in range(len(program.instructions)) if index not in reads]
-        self.after = sorted(reads)
-        place = {old: new for new, old in enumerate(self.after)}
+    def __init__(self, record: StepRecord, carry: Carry, externals: list[Tensor], count: int) -> None:
+        self.program = program = record.program
+        calls = program.instructions
+        reads = _reaching(calls, lambda call: isinstance(call.call, ModuleCall) or _refs(call, "weight") != [])
+        values = self._values_without(reads, record, carry, externals)
+
+        def length(ref: Ref) -> int | None:
+            value = externals[ref.at] if ref.kind == "external" else values.get(ref)
+            return value.shape[0] if isinstance(value, Tensor) and value.ndim else None
+
+        lengths = [size for index in sorted(reads) for ref in calls[index].refs if (size := length(ref)) is not None]
+        if not lengths:
+            raise cannot_cut(record, count, "no tensor with a dimension enters it")
+        self.rest = sorted(_reaching(calls, lambda call: any(length(ref) == lengths[0] for ref in call.refs), reads))
+        self.before = [index for index in range(len(calls)) if index not in self.rest]
+        self.writes = any(ref.output < 0 for call in calls for ref in _refs(call, "made"))
+        place = {old: new for new, old in enumerate(self.rest)}
         self.arguments: list[Ref] = []
 
-        def argument(ref: Ref) -> Ref:
+        def renamed(ref: Ref) -> Ref:
             if ref.kind in ("made", "buffers") and ref.at in place:
                 return Ref(ref.kind, place[ref.at], ref.output)
             if ref.kind not in ("made", "external"):
                 return ref
             if ref not in self.arguments:
                 self.arguments.append(ref)
-            return Ref("argument", self.arguments.index(ref))
+            return Ref("external", len(externals) + self.arguments.index(ref))
 
-        def moved(ref: Ref) -> Ref:
-            return Ref(ref.kind, place[ref.at], ref.output) if ref.kind in ("made", "buffers") else ref
+        def moved(refs: tuple[Ref, ...] | None) -> tuple[Ref, ...] | None:
+            return None if refs is None else tuple([_at(ref, place) for ref in refs])
 
-        self.rest = [
+        rest = [
             dataclasses.replace(
-                instruction,
-                refs=tuple(map(argument, instruction.refs)),
-                weights=None if instruction.weights is None else tuple(map(moved, instruction.weights)),
-                buffers=None if instruction.buffers is None else tuple(map(moved, instruction.buffers)),
+                call, refs=tuple(map(renamed, call.refs)), weights=moved(call.weights), buffers=moved(call.buffers)
             )
-            for instruction in (program.instructions[index] for index in self.after)
+            for call in (calls[index] for index in self.rest)
         ]
-        self.loss = moved(program.loss)
+        self.of_batch = [length(ref) == lengths[0] for ref in self.arguments]
+        self.loss_of_part = StepProgram(tuple(rest), _at(program.loss, place), None)
+        place_before = {old: new for new, old in enumerate(self.before)}
+        self.made_before = [_at(ref, place_before) for ref in self.arguments if ref.kind == "made"]
+        self.run_once = StepProgram(
+            tuple([
+                dataclasses.replace(calls[index], refs=tuple([_at(ref, place_before) for ref in calls[index].refs]))
+                for index in self.before
+            ]),
+            Ref("none", 0),
+            None,
+        )  # fmt: skip
+
+    @staticmethod
+    def _values_without(reads: set[int], record: StepRecord, carry: Carry, externals: list[Tensor]) -> dict[Ref, Any]:
+        """What the calls that read no weight make."""
+        calls = record.program.instructions
+        indices = [index for index in range(len(calls)) if index not in reads]
+        place = {old: new for new, old in enumerate(indices)}
+        refs = [Ref("made", index, output) for index in indices for output in range(calls[index].outputs)]
+        moved = tuple([
+            dataclasses.replace(calls[index], refs=tuple([_at(ref, place) for ref in calls[index].refs]))
+            for index in indices
+        ])  # fmt: skip
+        inputs = _selected(record.inputs([external.detach() for external in externals]), indices)
+        wanted = [_at(ref, place) for ref in refs]
+        found = StepProgram(moved, Ref("none", 0), None).evaluate(carry.weights, carry.buffers, inputs, wanted)
+        return dict(zip(refs, found, strict=True))
 
     def refuse(self, record: StepRecord, count: int) -> None:
         """Raise if the parts could not know what the whole does."""
         if self.program.buffers is not None:
             raise cannot_cut(record, count, "the model writes into its buffers (statistics of the batch)")
-        if any(record.rng[index] is not None for index in self.after):
+        if any(record.rng[index] is not None for index in self.rest):
             raise cannot_cut(record, count, "random numbers are drawn (dropout), which parts would draw otherwise")
         if self.writes:
             raise cannot_cut(record, count, "a tensor is written in place on the way to the loss")
@@ -139,68 +168,48 @@ class _Parts:
 
     def __init__(self, record: StepRecord, carry: Carry, externals: list[Tensor], cut: _Cut, count: int) -> None:
         self._record, self._carry, self._cut, self.count = record, carry, cut, count
-        self._externals, self.is_mean = externals, True
-        self._values = self._arguments(externals)
-        given = [value for value in self._values if isinstance(value, Tensor)]
-        lengths = [value.shape[0] for value in given if value.ndim]
-        if not lengths or lengths[0] < count:
-            raise cannot_cut(record, count, f"its batch has {lengths[0] if lengths else 'no'} examples")
-        self.length = lengths[0]
-        bounds = [self.length * part // count for part in range(count + 1)]
-        self._bounds = list(itertools.pairwise(bounds))
-        self.leaves = [
-            *externals,
-            *(value.detach().requires_grad_(value.requires_grad) for value in given),
-        ]
-
-    def _arguments(self, externals: list[Tensor]) -> list[Any]:
-        cut, record = self._cut, self._record
-        wanted = [ref for ref in cut.arguments if ref.kind == "made"]
-        made: dict[Ref, Any] = {}
-        if wanted:
-            place = {old: new for new, old in enumerate(cut.before)}
-            before = StepProgram(
-                tuple([_moved(cut.program.instructions[index], place) for index in cut.before]), Ref("none", 0), None
+        self._externals, self.is_mean, self.checked = externals, True, False
+        made = iter(
+            cut.run_once.evaluate(
+                carry.weights, carry.buffers, _selected(record.inputs(externals), cut.before), cut.made_before
             )
-            inputs = _selected(record.inputs(externals), cut.before)
-            refs = [Ref("made", place[ref.at], ref.output) for ref in wanted]
-            made = dict(
-                zip(wanted, before.evaluate(self._carry.weights, self._carry.buffers, inputs, refs), strict=True)
-            )
-        return [externals[ref.at] if ref.kind == "external" else made[ref] for ref in cut.arguments]
+        )
+        self._values = [externals[ref.at] if ref.kind == "external" else next(made) for ref in cut.arguments]
+        lengths = {value.shape[0] for value, of_batch in zip(self._values, cut.of_batch, strict=True) if of_batch}
+        self.length = min(lengths)
+        if len(lengths) > 1 or self.length < count:
+            raise cannot_cut(record, count, f"its batch has {' or '.join(map(str, sorted(lengths)))} examples")
+        self._bounds = list(itertools.pairwise([self.length * part // count for part in range(count + 1)]))
+        self.leaves = [*externals, *(value.detach().requires_grad_(value.requires_grad) for value in self._values)]
 
     def loss(self, part: int, weights: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor:
         """What one part adds to the loss."""
         first, last = self._bounds[part]
-        count = len(self._externals)
-        given = iter(leaves[count:])
-        externals = list(leaves[:count])
-        for value in self._values:
-            tensor = next(given) if isinstance(value, Tensor) else value
-            of_batch = isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.shape[0] == self.length
-            externals.append(tensor[first:last] if of_batch else tensor)
-        rest = tuple([
-            dataclasses.replace(
-                instruction,
-                refs=tuple([Ref("external", count + r.at) if r.kind == "argument" else r for r in instruction.refs]),
-            )
-            for instruction in self._cut.rest
-        ])  # fmt: skip
-        inputs = _selected(self._record.inputs(externals), self._cut.after)
+        externals = list(leaves)
+        for index, of_batch in enumerate(self._cut.of_batch, len(self._externals)):
+            if of_batch:
+                externals[index] = externals[index][first:last]
+        inputs = _selected(self._record.inputs(externals), self._cut.rest)
         try:
-            loss = StepProgram(rest, self._cut.loss, None).run(weights, self._carry.buffers, inputs)[0]
-        except (ReplayMismatchError, torch.OutOfMemoryError):
+            with second_order_here():
+                loss = self._cut.loss_of_part.run(weights, self._carry.buffers, inputs)[0]
+        except (LowmemError, NotImplementedError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, IndexError) as error:
-            raise cannot_cut(self._record, self.count, f"a part of the batch gives an error ({error})") from error
+            if self.checked:
+                raise
+            raise cannot_cut(
+                self._record,
+                self.count,
+                f"a part of the batch gives an error ({error}; where a shape names the batch, write x.view(-1, n))",
+            ) from error
         return loss * ((last - first) / self.length) if self.is_mean else loss
 
     def to_externals(self, cotangents: dict[int, Tensor]) -> dict[int, Tensor]:
         """The cotangents of the externals: their own, and what comes through the arguments made from them."""
         count = len(self._externals)
         found = {index: cotangent for index, cotangent in cotangents.items() if index < count}
-        values = [value for value in self._values if isinstance(value, Tensor)]
-        pairs = [(values[index - count], cotangent) for index, cotangent in cotangents.items() if index >= count]
+        pairs = [(self._values[index - count], cotangent) for index, cotangent in cotangents.items() if index >= count]
         if pairs:
             wanted = [index for index, external in enumerate(self._externals) if external.requires_grad]
             outputs, vectors = zip(*pairs, strict=True)
@@ -239,13 +248,24 @@ def cannot_cut(record: StepRecord, count: int, why: str) -> ReplayMismatchError:
     )
 
 
-def _all_refs(instruction: Instruction) -> list[Ref]:
-    return [*instruction.refs, *(instruction.weights or ()), *(instruction.buffers or ()), *instruction.found]
+def _refs(call: Instruction, *kinds: str) -> list[Ref]:
+    refs = [*call.refs, *(call.weights or ()), *(call.buffers or ()), *call.found]
+    return [ref for ref in refs if ref.kind in kinds]
 
 
-def _moved(instruction: Instruction, place: dict[int, int]) -> Instruction:
-    refs = tuple([Ref(ref.kind, place[ref.at], ref.output) if ref.kind == "made" else ref for ref in instruction.refs])
-    return dataclasses.replace(instruction, refs=refs)
+def _reaching(
+    calls: Sequence[Instruction], starts: Callable[[Instruction], bool], more: Iterable[int] = ()
+) -> set[int]:
+    """The calls that `starts` names, those in `more`, and all that read what one of them makes."""
+    found = set(more)
+    for index, call in enumerate(calls):
+        if starts(call) or any(ref.at in found for ref in _refs(call, "made", "buffers")):
+            found.add(index)
+    return found
+
+
+def _at(ref: Ref, place: dict[int, int]) -> Ref:
+    return Ref(ref.kind, place[ref.at], ref.output) if ref.kind in ("made", "buffers") else ref
 
 
 def _selected(inputs: StepInputs, indices: list[int]) -> StepInputs:

@@ -31,9 +31,9 @@ from lowmem_higher.custom_rules import is_custom
 from lowmem_higher.errors import LowmemError, MixedFallbackWarning, ReplayMismatchError
 from lowmem_higher.forward_over_reverse import gradient_and_derivative
 from lowmem_higher.microbatches import MicroBatches, Parts, Whole, cannot_cut
-from lowmem_higher.optim.base import Gradients
+from lowmem_higher.optim.base import Gradients, State
 from lowmem_higher.program import StepProgram
-from lowmem_higher.pullback import Carries, PulledBack, carry_stand_ins, inputs_of, outputs_of, second_order_graph
+from lowmem_higher.pullback import Carries, PulledBack, carry_stand_ins, inputs_of, second_order_graph
 from lowmem_higher.replay_state import Ambient
 from lowmem_higher.second_order import second_order_here
 from lowmem_higher.step import (
@@ -41,6 +41,7 @@ from lowmem_higher.step import (
     StepRecord,
     check_fingerprint,
     check_loss_value,
+    state_leaf,
     tolerance_of,
 )
 
@@ -63,7 +64,7 @@ class MixedReplay:
         self._micro_batches = MicroBatches(microbatches) if microbatches > 1 else None
         self._agreed: set[Any] = set()
         self._reverse: set[StepProgram] = set()
-        self.independent: set[Any] = set()  # updates whose v does not depend on g (M3)
+        self.independent: dict[Any, bool] = {}  # of an update: whether its v does not depend on g (M3)
 
     def graph(self, record: StepRecord, carries: Carries) -> PulledBack:
         """The step, ready to be pulled back."""
@@ -104,6 +105,9 @@ def _kind_of(record: StepRecord) -> Any:
     tensors = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in record.externals])
     training = tuple([part.get("training") for state in record.states if state for part in state.plain])
     return record.program, record.layout, record.update.structure, tensors, training
+
+
+_SMALL = 1 << 20  # bytes: less than that is updated at once
 
 
 class _UnableError(RuntimeError):
@@ -155,6 +159,7 @@ class _Pass:
         self._replay, self._record = replay, record
         self._buffers = carry.buffers
         self.derived = False  # whether M2 was run along a direction other than zero
+        self._loss: Tensor | None = None
         with torch.enable_grad():
             self._weights, self._state = carry_stand_ins(record, carry)
             self._externals = record.stand_ins()
@@ -162,32 +167,48 @@ class _Pass:
 
     def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The cotangents of the step's inputs."""
-        record, rule = self._record, self._rule
-        guessed = rule in self._replay.independent
-        grads = self._zeros() if guessed else self._gradient()
-        direct, vectors = self._through_update(grads, cotangents, check=not guessed)
-        if not guessed and rule is not None and self._replay.wants_comparison(record):
-            zeros: Gradients = [None if grad is None else torch.zeros_like(grad) for grad in grads]
-            if _same(vectors, self._through_update(zeros, cotangents, check=False)[1]):
-                self._replay.independent.add(rule)
-        if not guessed and all(vector is None for vector in vectors):
-            return direct
-        self.derived = any(vector is not None and bool(vector.any()) for vector in vectors)
-        if not guessed:
-            norms = [None if grad is None else torch.linalg.vector_norm(grad) for grad in grads]
+        found = self._from_zeros(cotangents) if self._replay.independent.get(self._rule) else None
+        if found is not None:
+            return found
+        grads = self._gradient()
+        self._check_end(grads)
+        direct, vectors = self._through_update(grads, cotangents)
+        self._judge_rule(grads, cotangents, vectors)
+        norms = _norms(grads)
         del grads
-        found, derived = self._derivative(vectors)
-        if guessed:
-            direct, true_vectors = self._through_update(found, cotangents, check=True)
-            if not _same(vectors, true_vectors):
-                self._replay.independent.discard(rule)
-                return self.pull_back(cotangents)
-        else:
-            self._check_gradient(norms, found)
-        return [
-            one if other is None else other if one is None else one + other
-            for one, other in zip(direct, derived, strict=True)
-        ]
+        if all(vector is None for vector in vectors):
+            return direct
+        found_grads, derived = self._derivative(vectors)
+        self._check_gradient(norms, found_grads)
+        del found_grads, vectors
+        return _added(direct, derived)
+
+    def _from_zeros(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+        """The same where v does not depend on g (M3); None if it does after all."""
+        vectors = self._through_update(self._zeros(), cotangents, direct=False)[1]
+        if all(vector is None for vector in vectors):
+            return None
+        grads, derived = self._derivative(vectors)
+        if self._record.fingerprint is not None:
+            self._check_fingerprint(grads)
+        self._check_end(grads)
+        direct, true_vectors = self._through_update(grads, cotangents)
+        if _same(vectors, true_vectors):
+            del vectors, true_vectors, grads
+            return _added(direct, derived)
+        self._replay.independent[self._rule] = False
+        return None
+
+    def _judge_rule(
+        self, grads: Gradients, cotangents: Sequence[Tensor | None], vectors: Sequence[Tensor | None]
+    ) -> None:
+        """See whether v depends on g (M3)."""
+        rule = self._rule
+        if rule is None or rule in self._replay.independent or not any(vector is not None for vector in vectors):
+            return
+        zeros: Gradients = [None if grad is None else torch.zeros_like(grad) for grad in grads]
+        same = _same(vectors, self._through_update(zeros, cotangents, direct=False)[1])
+        self._replay.independent[rule] = same
 
     @property
     def _rule(self) -> Any:
@@ -236,6 +257,13 @@ class _Pass:
             why = f"it is {record.loss:.9g}, and the parts give {loss.item():.9g}"
             raise cannot_cut(record, count, why) from None
 
+    def _check_fingerprint(self, grads: Gradients) -> None:
+        assert self._loss is not None
+        try:
+            check_fingerprint(self._record, self._loss, grads)
+        except ReplayMismatchError as error:
+            raise _UnableError("in forward over reverse mode the inner gradient is another one") from error
+
     def _check_gradient(self, norms: Sequence[Tensor | None], found: Gradients) -> None:
         pairs = [(norm, new) for norm, new in zip(norms, found, strict=True) if norm is not None and new is not None]
         before = torch.stack([norm for norm, _ in pairs])
@@ -247,32 +275,71 @@ class _Pass:
     # M1
 
     def _through_update(
-        self, grads: Gradients, cotangents: Sequence[Tensor | None], *, check: bool
+        self, grads: Gradients, cotangents: Sequence[Tensor | None], *, direct: bool = True
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """The cotangents of the step's inputs through the update alone, and those of the gradients."""
-        record, weights, externals = self._record, self._weights, self._externals
-        with torch.enable_grad():
-            leaves = [None if grad is None else grad.detach().requires_grad_() for grad in grads]
-            with self._ambient():
-                used = record.called_back(leaves, weights, externals)
-            advance = record.update_again if check else record.update_only
-            new_weights, new_state = advance(weights, used, self._state, externals, create_graph=True)
-        inputs = inputs_of(record.layout, weights, self._state, externals)
-        pairs = [
-            (output, cotangent)
-            for output, cotangent in zip(outputs_of(record.layout, new_weights, new_state), cotangents, strict=True)
-            if cotangent is not None and output.requires_grad
-        ]
+        """The cotangents of the step's inputs through the update alone (if `direct`), and those of the gradients."""
+        record, layout = self._record, self._record.layout
+        inputs = inputs_of(layout, self._weights, self._state, self._externals) if direct else []
+        through: list[Tensor | None] = [None] * len(inputs)
         vectors: list[Tensor | None] = [None] * len(grads)
-        if not pairs:
-            return [None] * len(inputs), vectors
-        present = [index for index, leaf in enumerate(leaves) if leaf is not None]
-        wanted = [*inputs, *(leaf for leaf in leaves if leaf is not None)]
-        outputs, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, wanted, given, allow_unused=True)
-        for index, vector in zip(present, found[len(inputs) :], strict=True):
-            vectors[index] = vector
-        return list(found[: len(inputs)]), vectors
+        chunks = self._chunks(grads)
+        for chunk in chunks:
+            with torch.enable_grad():
+                leaves = {index: grads[index].detach().requires_grad_() for index in chunk}  # type: ignore[union-attr]
+                used: Gradients = [leaves.get(index) for index in range(len(grads))]
+                with self._ambient():
+                    used = record.called_back(used, self._weights, self._externals)
+                weights, state = record.update_only(
+                    self._weights, used, self._state, self._externals, create_graph=True
+                )
+            pairs = [
+                (output, cotangent)
+                for output, cotangent in self._outputs(weights, state, cotangents, chunk if len(chunks) > 1 else None)
+                if output.requires_grad
+            ]
+            if not pairs:
+                continue
+            outputs, given = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, [*inputs, *leaves.values()], given, allow_unused=True)
+            through = [_sum(one, other) for one, other in zip(through, found[: len(inputs)], strict=True)]
+            for index, vector in zip(leaves, found[len(inputs) :], strict=True):
+                vectors[index] = vector
+        return through, vectors
+
+    def _outputs(
+        self, weights: list[Tensor], state: State, cotangents: Sequence[Tensor | None], chunk: list[int] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The step's outputs that have a cotangent, with it; those of the parameters in `chunk` if that is given."""
+        layout, held = self._record.layout, self._record.rules._group_to_param_list
+        for index, cotangent in zip(layout.weights_out, cotangents, strict=False):
+            if cotangent is not None and (chunk is None or index in chunk):
+                yield weights[index], cotangent
+        for key, cotangent in zip(layout.state_out, cotangents[len(layout.weights_out) :], strict=True):
+            if cotangent is not None and (chunk is None or held[key[0]][key[1]] in chunk):
+                yield state_leaf(state, key), cotangent
+
+    def _chunks(self, grads: Gradients) -> list[list[int]]:
+        """The parameters that are updated at a time: an eighth, where a rule treats each parameter alone."""
+        present = [index for index, grad in enumerate(grads) if grad is not None]
+        record = self._record
+        if record.callback is not None or record.rules.updates_in_place or is_custom(record.rules):
+            return [present]
+        sizes = {index: self._weights[index].nbytes for index in present}
+        limit = max(sum(sizes.values()) / 8, max(sizes.values()), _SMALL)
+        chunks: list[list[int]] = [[]]
+        for index in present:
+            if chunks[-1] and sum(sizes[other] for other in chunks[-1]) + sizes[index] > limit:
+                chunks.append([])
+            chunks[-1].append(index)
+        return chunks
+
+    def _check_end(self, grads: Gradients) -> None:
+        """Compare the end of a segment with where the loop went on, if this step is the last of one."""
+        record = self._record
+        if record.time + 1 in record.segment.marks:
+            with self._ambient():
+                used = record.called_back(grads, self._weights, self._externals)
+            record.update_again(self._weights, used, self._state, self._externals, create_graph=False)
 
     # M2
 
@@ -286,6 +353,7 @@ class _Pass:
         tangents = [*(vectors[index] for index in layout.weights_in), *([None] * len(wanted))]
         count = len(layout.weights_in)
         self._replay.count_second()
+        self.derived = any(vector is not None and bool(vector.any()) for vector in vectors)
         total: Tensor | None = None
         grads: list[Tensor | None] = [None] * len(inputs)
         derived: list[Tensor | None] = [None] * len(inputs)
@@ -309,6 +377,7 @@ class _Pass:
                     derived[index] = _sum(derived[index], along[index])
             del found, along
         assert total is not None
+        self._loss = total
         self._check_derivative(total)
         by_weight = dict(zip(layout.weights_in, grads, strict=False))
         updated = set(layout.weights_out)
@@ -333,6 +402,17 @@ class _Pass:
     def _ambient(self) -> Iterator[None]:
         with self._record.update.ambient.restored(Ambient.capture()), second_order_here():
             yield
+
+
+def _norms(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else torch.linalg.vector_norm(tensor) for tensor in tensors]
+
+
+def _added(some: list[Tensor | None], others: list[Tensor | None]) -> list[Tensor | None]:
+    """The sums, by position; the terms are let go on the way."""
+    for index in range(len(some)):
+        some[index], others[index] = _sum(some[index], others[index]), None
+    return some
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
