@@ -118,6 +118,7 @@ class _BlockCall:
     ) -> None:
         leaves: list[Any] = []
         self._module, self._forward = module, forward
+        self._owner = module.__dict__.get("_call_through", (_nobody, ""))[0]()  # an fmodel, which its parts hold weakly
         self._structure = flatten((args, kwargs), leaves)
         self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -213,6 +214,10 @@ class _BlockCall:
         return tuple([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()])
 
 
+def _nobody() -> None:
+    return None
+
+
 _TENSOR = object()  # in the place of a tensor
 
 
@@ -241,6 +246,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """Run the block again and pull the cotangents back through it."""
+        if torch.is_grad_enabled():
+            raise NotImplementedError("an inner derivative, create_graph=True, passes through a block")
         saved: list[Tensor] = list(ctx.saved_tensors)
         wanted = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
 

@@ -128,6 +128,7 @@ def _data(call: Any, tensor: Tensor, *rest: Any) -> Any:
 
 
 def _mse_loss(call: Any, tensor: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Any:
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
     reduction = kwargs.get("reduction", "mean")
     if args or kwargs.keys() - {"reduction"} or reduction not in _REDUCTIONS or tensor.shape != target.shape:
         return call(tensor, target, *args, **kwargs)
@@ -155,8 +156,10 @@ def _group_norm(
 def _dropout(call: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not training or p == 0:
         return tensor
-    ones = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device).fill_(1)
-    mask = call(ones, p, True)
+    # A mask is drawn in the order of the memory; of a transposed tensor `torch.func` draws it in the order of the index.
+    order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+    ones = torch.ones([tensor.shape[dim] for dim in order], dtype=tensor.dtype, device=tensor.device)
+    mask = call(ones, p, True).permute([order.index(dim) for dim in range(tensor.ndim)])
     return tensor.mul_(mask) if inplace else tensor * mask
 
 

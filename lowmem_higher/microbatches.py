@@ -221,20 +221,24 @@ class _Parts:
 
 
 def _is_mean(record: StepRecord, carry: Carry, parts: _Parts) -> bool:
-    weights, leaves = [w.detach() for w in carry.weights], [leaf.detach() for leaf in parts.leaves]
-    count = len(record.externals)
-    whole = record.loss_again(weights, carry.buffers, leaves[:count])[0] if record.loss is None else record.loss
+    weights = [
+        weight.detach().requires_grad_(trainable)
+        for weight, trainable in zip(carry.weights, record.layout.trainable, strict=True)
+    ]
+    count, whole = len(record.externals), record.loss
+    if whole is None:
+        whole = record.loss_again(weights, carry.buffers, parts.leaves[:count])[0].item()
     found = []
     for parts.is_mean in (True, False):
-        losses = [parts.loss(part, weights, leaves) for part in range(parts.count)]
+        losses = [parts.loss(part, weights, parts.leaves).detach() for part in range(parts.count)]
         found.append(torch.stack(losses).sum().item())
         tolerance = tolerance_of(record, losses)
-    mean, total = [abs(value - float(whole)) <= tolerance * abs(float(whole)) for value in found]
+    mean, total = [abs(value - whole) <= tolerance * abs(whole) for value in found]
     if mean == total:
         raise cannot_cut(
             record,
             parts.count,
-            f"it is {float(whole):.9g}, the average over the parts {found[0]:.9g}, and their sum {found[1]:.9g}",
+            f"it is {whole:.9g}, the average over the parts {found[0]:.9g}, and their sum {found[1]:.9g}",
         )
     return mean
 

@@ -467,4 +467,4 @@ def _difference(record: StepRecord, found: Sequence[Tensor | None], expected: Se
 
 def _in_short(error: Exception) -> str:
     first = (str(error).strip() or type(error).__name__).split("\n")[0]
-    return first if len(first) <= 300 else first[:297] + "..."
+    return first.rstrip(".") if len(first) <= 300 else first[:297] + ".."
