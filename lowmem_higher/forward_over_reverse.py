@@ -156,8 +156,9 @@ def _group_norm(
 def _dropout(call: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     if not training or p == 0:
         return tensor
-    # A mask is drawn in the order of the memory; of a transposed tensor `torch.func` draws it in the order of the index.
-    order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+    # A mask is drawn in the order of the memory; for a transposed tensor `torch.func` draws it in that of the index.
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
     ones = torch.ones([tensor.shape[dim] for dim in order], dtype=tensor.dtype, device=tensor.device)
     mask = call(ones, p, True).permute([order.index(dim) for dim in range(tensor.ndim)])
     return tensor.mul_(mask) if inplace else tensor * mask

@@ -11,9 +11,9 @@ M2  L passes on the derivative of <g(P, e), v> by P and e, which is the derivati
     forward over reverse mode, one pass (`forward_over_reverse.py`).
 M3  g is needed for M1, and comes out of M2. Where v does not depend on g (SGD), zeros stand for g at first; v is
     compared with the v of the true g, to the bit. Elsewhere g is the journal's, or comes of a first-order run.
-M4  The first use of a step program, of shapes and of train/eval flags runs in reverse mode as well, and both results
-    must agree; later uses are checked by the loss and the gradient. A program that cannot be run so, or differs, is
-    pulled back by reverse mode from then on.
+M4  At the first use of a step program, of shapes and of train/eval flags the derivative of M2 is computed in reverse
+    mode as well, and both must agree; later uses are checked by the loss, and by the gradient where that is known. A
+    program that cannot be run so, or differs, is pulled back by reverse mode from then on.
 """
 
 from __future__ import annotations
@@ -129,21 +129,12 @@ class _MixedStep:
         if replay.in_reverse(record):
             return self._in_reverse(cotangents)
         try:
-            pass_ = _Pass(replay, record, self._carry)
-            found = pass_.pull_back(cotangents)
+            return _Pass(replay, record, self._carry).pull_back(cotangents)
         except (LowmemError, torch.OutOfMemoryError):
             raise
         except _CANNOT as error:
             replay.fall_back(record, _in_short(error))
-            return self._in_reverse(cotangents)
-        if not replay.wants_comparison(record):
-            return found
-        expected = self._in_reverse(cotangents)
-        if (difference := _difference(record, found, expected)) is not None:
-            replay.fall_back(record, difference)
-        elif pass_.derived:
-            replay.agreed(record)
-        return expected
+        return self._in_reverse(cotangents)
 
     def _in_reverse(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         self._replay.count_second()
@@ -156,9 +147,7 @@ class _Pass:
     """One step in mixed mode; see NOTE [ Mixed mode ]."""
 
     def __init__(self, replay: MixedReplay, record: StepRecord, carry: Carry) -> None:
-        self._replay, self._record = replay, record
-        self._buffers = carry.buffers
-        self.derived = False  # whether M2 was run along a direction other than zero
+        self._replay, self._record, self._carry = replay, record, carry
         self._loss: Tensor | None = None
         with torch.enable_grad():
             self._weights, self._state = carry_stand_ins(record, carry)
@@ -189,9 +178,7 @@ class _Pass:
         if all(vector is None for vector in vectors):
             return None
         grads, derived = self._derivative(vectors)
-        if self._record.fingerprint is not None:
-            self._check_fingerprint(grads)
-        self._check_end(grads)
+        self._check_gradient(self._recorded_norms(grads), grads)
         direct, true_vectors = self._through_update(grads, cotangents)
         if _same(vectors, true_vectors):
             del vectors, true_vectors, grads
@@ -242,7 +229,10 @@ class _Pass:
         assert total is not None
         self._check_loss(total)
         if record.fingerprint is not None:
-            check_fingerprint(record, total, grads)
+            if parts.count == 1:
+                check_fingerprint(record, total, grads)
+            else:
+                self._check_gradient(self._recorded_norms(grads), grads)
         return grads
 
     def _check_loss(self, loss: Tensor) -> None:
@@ -257,20 +247,26 @@ class _Pass:
             why = f"it is {record.loss:.9g}, and the parts give {loss.item():.9g}"
             raise cannot_cut(record, count, why) from None
 
-    def _check_fingerprint(self, grads: Gradients) -> None:
-        assert self._loss is not None
-        try:
-            check_fingerprint(self._record, self._loss, grads)
-        except ReplayMismatchError as error:
-            raise _UnableError("in forward over reverse mode the inner gradient is another one") from error
-
     def _check_gradient(self, norms: Sequence[Tensor | None], found: Gradients) -> None:
+        """Compare with the norms of the same gradient, by the norm of them all: some may be zero but for rounding."""
         pairs = [(norm, new) for norm, new in zip(norms, found, strict=True) if norm is not None and new is not None]
-        before = torch.stack([norm for norm, _ in pairs])
-        now = torch.stack([torch.linalg.vector_norm(new) for _, new in pairs])
+        if len(pairs) < sum(norm is not None for norm in norms):
+            raise _UnableError("in forward over reverse mode a weight has no inner gradient")
+        if not pairs:
+            return
+        before = torch.stack([norm.to(pairs[0][0]) for norm, _ in pairs])
+        now = torch.stack([torch.linalg.vector_norm(new).to(before) for _, new in pairs])
         tolerance = tolerance_of(self._record, [new for _, new in pairs])
         if not torch.linalg.vector_norm(before - now) <= tolerance * torch.linalg.vector_norm(before):
-            raise _UnableError("in forward over reverse mode the inner gradient differs from the one in reverse mode")
+            raise _UnableError("in forward over reverse mode the inner gradient is another one")
+
+    def _recorded_norms(self, grads: Gradients) -> list[Tensor | None]:
+        """The norms of the gradients in the user's loop, which were kept of some uses of a program."""
+        kept = self._record.fingerprint
+        if kept is None or len(kept) != 1 + 2 * sum(grad is not None for grad in grads):
+            return [None] * len(grads)
+        norms = iter(kept[2::2])
+        return [None if grad is None else next(norms) for grad in grads]
 
     # M1
 
@@ -334,9 +330,12 @@ class _Pass:
         return chunks
 
     def _check_end(self, grads: Gradients) -> None:
-        """Compare the end of a segment with where the loop went on, if this step is the last of one."""
+        """Compare the end of a segment with where the loop went on, if this step is the last of one.
+
+        Parts of a batch round otherwise than the loop did, which shows in the state of a gradient that is zero.
+        """
         record = self._record
-        if record.time + 1 in record.segment.marks:
+        if self._parts.count == 1 and record.time + 1 in record.segment.marks:
             with self._ambient():
                 used = record.called_back(grads, self._weights, self._externals)
             record.update_again(self._weights, used, self._state, self._externals, create_graph=False)
@@ -353,7 +352,6 @@ class _Pass:
         tangents = [*(vectors[index] for index in layout.weights_in), *([None] * len(wanted))]
         count = len(layout.weights_in)
         self._replay.count_second()
-        self.derived = any(vector is not None and bool(vector.any()) for vector in vectors)
         total: Tensor | None = None
         grads: list[Tensor | None] = [None] * len(inputs)
         derived: list[Tensor | None] = [None] * len(inputs)
@@ -384,11 +382,35 @@ class _Pass:
         gradient = [by_weight.get(index) if index in updated else None for index in range(len(weights))]
         by_leaf = {index: along for index, along in zip(wanted, derived[count:], strict=True) if along is not None}
         by_external = parts.to_externals(by_leaf)
-        return gradient, [
-            *derived[:count],
-            *([None] * len(layout.state_in)),
-            *(by_external.get(index) for index in layout.externals_in),
-        ]
+        by_inputs = [*derived[:count], *(by_external.get(index) for index in layout.externals_in)]
+        if self._replay.wants_comparison(self._record):
+            self._compare(by_inputs, vectors)
+        return gradient, [*by_inputs[:count], *([None] * len(layout.state_in)), *by_inputs[count:]]
+
+    def _compare(self, found: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> None:
+        """The same in reverse mode, with the whole batch and no block (M4)."""
+        record, layout, carry = self._record, self._record.layout, self._carry
+        self._replay.count_second()
+        with torch.enable_grad(), blocks_run("plain"):
+            weights, externals = carry_stand_ins(record, carry)[0], record.stand_ins()
+            loss = record.loss_again(weights, carry.buffers, externals)[0]
+            with self._ambient():
+                grads = record.rules.gradients(loss, weights, create_graph=True)
+                pairs = [
+                    (grad, vector)
+                    for grad, vector in zip(grads, vectors, strict=True)
+                    if grad is not None and vector is not None and grad.requires_grad
+                ]
+                inputs = [weights[index] for index in layout.weights_in]
+                inputs += [externals[index] for index in layout.externals_in]
+                expected: Sequence[Tensor | None] = [None] * len(inputs)
+                if pairs and inputs:
+                    outputs, given = zip(*pairs, strict=True)
+                    expected = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
+        if (difference := _difference(record, found, expected)) is not None:
+            raise _UnableError(difference)
+        if any(vector is not None and bool(vector.any()) for vector in vectors):
+            self._replay.agreed(record)
 
     def _check_derivative(self, total: Tensor) -> None:
         try:
@@ -441,7 +463,6 @@ def _difference(record: StepRecord, found: Sequence[Tensor | None], expected: Se
     layout = record.layout
     names = [
         *(f"weight {record.names[index]}" for index in layout.weights_in),
-        *(f"optimizer state {key[2]!r}" for key in layout.state_in),
         *(f"a tensor of shape {tuple(record.externals[index].shape)}" for index in layout.externals_in),
     ]
     of_weights = len(layout.weights_in)
@@ -459,8 +480,8 @@ def _difference(record: StepRecord, found: Sequence[Tensor | None], expected: Se
         tolerance = _COARSE if coarse else _TOLERANCE.get(here.dtype.to_real(), _COARSE)
         if not error <= tolerance * max(scale, floor if position < of_weights else 0.0):
             return (
-                f"for {name} it gives a gradient that differs from reverse mode's by {error:.3g}, where that has norm "
-                f"{scale:.3g} (an operator whose derivative in forward mode is wrong or another one)"
+                f"for {name} it gives a derivative of the inner gradient that differs from reverse mode's by "
+                f"{error:.3g}, where that has norm {scale:.3g}; an operator may be wrong in forward mode"
             )
     return None
 

@@ -114,6 +114,9 @@ class Trajectory:
         once, twice = self.ledger.count_first_order, self.ledger.count_second_order
         self._count_pullback = once if optimizer.first_order else twice
         self._replay: Replay = strategies[replay](self._count_pullback)
+        self._mixed = mixed is not None
+        if mixed is not None:
+            self._replay = MixedReplay(once, self._count_pullback, verify, mixed)
         if mixed is not None:
             self._replay = MixedReplay(once, self._count_pullback, verify, mixed)
         self._verify = verify
@@ -319,7 +322,7 @@ class Trajectory:
             callback=callback,
             callback_rng=callback_rng,
             rule_rng=rule_rng,
-            loss=None if self._verify == "off" else value,
+            loss=None if self._verify == "off" and not self._mixed else value,
             fingerprint=mark,
             segment=segment,
             previous=before if before is not None and before.segment is segment else None,
