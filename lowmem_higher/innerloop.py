@@ -292,7 +292,13 @@ def innerloop_ctx(
             what a full unroll takes and a first-order run for each step, in the memory of N graphs.
         replay: "native" recomputes the weights first, then differentiates one step at a time. "torch" rebuilds a
             segment through `torch.utils.checkpoint`; slower, an independent check.
-        pullback: "reverse", reverse over reverse mode.
+        pullback: "reverse" builds one step's second-order graph, reverse over reverse mode. "mixed" builds none: the
+            update rule is pulled back by reverse mode, and the inner gradient is differentiated in forward mode along
+            one direction. The first use of each step program is compared with reverse mode, which takes the peak of
+            "reverse" once (`verify="off"` leaves that out: then an operator that is wrong in forward mode makes a wrong
+            gradient). A program that differs, or that torch cannot differentiate so (an `autograd.Function` without
+            `setup_context` and `jvp`, `torch.utils.checkpoint` in the model), is pulled back by reverse mode, with one
+            `MixedFallbackWarning`. Wants `checkpoint_every` or `checkpoints`, `replay="native"`, no `first_order`.
         verify: What replays are compared with. "new": the loss of every step, the gradients at the 1st, 2nd, 4th,
             8th ... use of each step program, the weights and optimizer state at the end of each segment. "all": the
             gradients of every step as well. "off": nothing.
@@ -314,6 +320,13 @@ def innerloop_ctx(
             differentiated steps of the backward, with the time to go. "always" shows it also where stderr is a file. By
             tqdm if that is installed (`lowmem_higher[progress]`), else a line that counts. The full unroll shows the
             loop only.
+        blocks: With `pullback="mixed"`: submodules whose activations are computed again in each backward, also those
+            of first-order runs and of the outer loss. Module classes, `blocks=(TransformerBlock,)`, or a function of a
+            module that says whether it is one. A block may read its arguments and its own parameters and buffers.
+        microbatches: With `pullback="mixed"`: cut the batch of each step into so many parts of their own graphs, for a
+            loss that is a mean or a sum over its batch. Checked: the losses of the parts must give the loss of every
+            step (`ReplayMismatchError`); statistics of the batch and random draws are refused. The loop itself runs
+            whole batches.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
@@ -354,6 +367,9 @@ def innerloop_ctx(
         With `truncate=K` T first-order runs of your loop, K + c at most of the backward, and K second-order runs. With
         `first_order=True` what would be second-order runs are first-order ones. With `journal=True` there are no other
         first-order runs than your loop's. (`replay="native"`.)
+        With `pullback="mixed"` a second-order run is one in forward over reverse mode, and one more compares each kind
+        of step; T first-order runs are added for the inner gradients, but for SGD (whose update is linear in them) and
+        with `journal=True`. `blocks` add a forward to each run.
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -372,6 +388,7 @@ def innerloop_ctx(
         Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26(1), 2000 (checkpointing of adjoint computations).
         Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019 (`truncate`).
         Finn et al., Model-agnostic meta-learning, ICML 2017, section 5.2 (`first_order`).
+        Kemaev et al., Scalable meta-learning via mixed-mode differentiation, arXiv 2505.00793 (`pullback="mixed"`).
     """
     settings = Settings(
         checkpoint_every=checkpoint_every,
