@@ -303,6 +303,10 @@ def profile_memory(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel(f"peak, {result['meter']}")
     axes.legend(frameon=False, loc="lower right")
     figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
 def mixed(result: dict[str, Any], path: Path) -> None:
     """Left: the peak of one step. Right: its time over reverse mode's, with the target. A group of bars per net."""
     rows = result["rows"]
@@ -339,9 +343,8 @@ def main() -> None:
     results = Path(__file__).resolve().parent / "results"
     for path in sorted(results.glob("*.json")):
         result = json.loads(path.read_text())
-        drawn = (vs_higher, memory_scaling, scaling, profile_memory)
+        drawn = (vs_higher, memory_scaling, scaling, profile_memory, mixed)
         function = {function.__name__: function for function in drawn}.get(result["benchmark"])
-        function = {"vs_higher": vs_higher, "memory_scaling": memory_scaling, "mixed": mixed}.get(result["benchmark"])
         if function is not None:
             function(result, path.with_suffix(".png"))
             print(f"drew results/{path.stem}.png")

@@ -124,6 +124,11 @@ class Settings:
                 'pullback="mixed" pulls back one step at a time, and the full unroll differentiates all steps as one '
                 'graph. Say which carries to keep: innerloop_ctx(..., checkpoint_every=10, pullback="mixed").'
             )
+        if self.memory_budget is not None:
+            raise ValueError(
+                f'memory_budget={self.memory_budget!r} reckons with the graphs of reverse mode, and pullback="mixed" '
+                'builds none. Say which carries to keep: innerloop_ctx(..., checkpoint_every=10, pullback="mixed").'
+            )
         if self.replay != "native":
             raise ValueError(
                 f'replay={self.replay!r} builds the second-order graphs of a whole segment, and pullback="mixed" '

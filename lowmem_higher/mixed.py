@@ -123,24 +123,25 @@ class _MixedStep:
     def __init__(self, replay: MixedReplay, record: StepRecord, carry: Carry) -> None:
         self._replay, self._record, self._carry = replay, record, carry
 
-    def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The vector-Jacobian product."""
+    def pull_back(self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """The vector-Jacobian product, as far as it is wanted."""
         replay, record = self._replay, self._record
         if replay.in_reverse(record):
-            return self._in_reverse(cotangents)
+            return self._in_reverse(cotangents, wanted)
         try:
-            return _Pass(replay, record, self._carry).pull_back(cotangents)
+            found = _Pass(replay, record, self._carry).pull_back(cotangents)
         except (LowmemError, torch.OutOfMemoryError):
             raise
         except _CANNOT as error:
             replay.fall_back(record, _in_short(error))
-        return self._in_reverse(cotangents)
+            return self._in_reverse(cotangents, wanted)
+        return [tensor if asked else None for tensor, asked in zip(found, wanted, strict=True)]
 
-    def _in_reverse(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _in_reverse(self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
         self._replay.count_second()
         with torch.enable_grad(), blocks_run("plain"):
             graph = second_order_graph(self._record, self._carry)
-            return graph.pull_back(cotangents)
+            return graph.pull_back(cotangents, wanted)
 
 
 class _Pass:

@@ -204,8 +204,8 @@ class StepGraph:
 class PulledBack(Protocol):
     """A step, ready to be pulled back."""
 
-    def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The vector-Jacobian product, once."""
+    def pull_back(self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """The vector-Jacobian product, once, as far as it is wanted."""
 
 
 class Replay(Protocol):

@@ -117,8 +117,6 @@ class Trajectory:
         self._mixed = mixed is not None
         if mixed is not None:
             self._replay = MixedReplay(once, self._count_pullback, verify, mixed)
-        if mixed is not None:
-            self._replay = MixedReplay(once, self._count_pullback, verify, mixed)
         self._verify = verify
         self._programs: dict[StepProgram, StepProgram] = {}
         self._layouts: dict[Layout, Layout] = {}

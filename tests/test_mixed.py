@@ -523,6 +523,7 @@ def test_blocks_save_memory_in_the_loop() -> None:
         ({"first_order": True}, ValueError, "with first_order=True they are constants"),
         ({"pullback": "reverse", "blocks": nn.Linear}, ValueError, "blocks saves memory in mixed mode only"),
         ({"pullback": "reverse", "microbatches": 2}, ValueError, "microbatches saves memory in mixed mode only"),
+        ({"checkpoint_every": None, "memory_budget": "1 GB"}, ValueError, "reckons with the graphs of reverse mode"),
         ({"microbatches": 0}, ValueError, "must be at least 1"),
         ({"microbatches": 2.0}, TypeError, "must be a whole number"),
         ({"microbatches": True}, TypeError, "must be a whole number"),
