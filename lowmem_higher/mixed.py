@@ -149,7 +149,6 @@ class _Pass:
 
     def __init__(self, replay: MixedReplay, record: StepRecord, carry: Carry) -> None:
         self._replay, self._record, self._carry = replay, record, carry
-        self._loss: Tensor | None = None
         with torch.enable_grad():
             self._weights, self._state = carry_stand_ins(record, carry)
             self._externals = record.stand_ins()
@@ -259,6 +258,8 @@ class _Pass:
         now = torch.stack([torch.linalg.vector_norm(new).to(before) for _, new in pairs])
         tolerance = tolerance_of(self._record, [new for _, new in pairs])
         if not torch.linalg.vector_norm(before - now) <= tolerance * torch.linalg.vector_norm(before):
+            if self._parts.count > 1:
+                raise cannot_cut(self._record, self._parts.count, "its gradient is not that of the parts")
             raise _UnableError("in forward over reverse mode the inner gradient is another one")
 
     def _recorded_norms(self, grads: Gradients) -> list[Tensor | None]:
@@ -376,7 +377,6 @@ class _Pass:
                     derived[index] = _sum(derived[index], along[index])
             del found, along
         assert total is not None
-        self._loss = total
         self._check_derivative(total)
         by_weight = dict(zip(layout.weights_in, grads, strict=False))
         updated = set(layout.weights_out)
