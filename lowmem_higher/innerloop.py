@@ -129,6 +129,11 @@ class Settings:
                 f'memory_budget={self.memory_budget!r} reckons with the graphs of reverse mode, and pullback="mixed" '
                 'builds none. Say which carries to keep: innerloop_ctx(..., checkpoint_every=10, pullback="mixed").'
             )
+        if self.graphs > 1:
+            raise ValueError(
+                f'graphs={self.graphs} holds the second-order graphs of several steps, and pullback="mixed" builds '
+                'none. Leave one of them out: innerloop_ctx(..., pullback="mixed").'
+            )
         if self.replay != "native":
             raise ValueError(
                 f'replay={self.replay!r} builds the second-order graphs of a whole segment, and pullback="mixed" '
