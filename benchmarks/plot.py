@@ -319,17 +319,18 @@ def mixed(result: dict[str, Any], path: Path) -> None:
         for position, rival in enumerate(rivals):
             mine = {(row["depth"], row["optimizer"]): row for row in rows if row["rival"] == rival}
             places = [index + (position - (len(rivals) - 1) / 2) * width for index in range(len(nets))]
-            bars = axes.bar(places, [mine[net][key] for net in nets], width, color=colors[rival], label=rival)
+            unit = 2**20 if key == "peak_bytes" else 1
+            heights = [mine[net][key] / unit for net in nets]
+            bars = axes.bar(places, heights, width, color=colors[rival], label=rival)
             if key == "peak_bytes" and position:
                 labels = [f"1/{mine[net]['memory_ratio']:.1f}" for net in nets]
-                axes.bar_label(bars, labels, fontsize=8, color=INK)
+                axes.bar_label(bars, labels, fontsize=7, color=INK)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         axes.grid(True, axis="y", color=GRID, linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.set_xticks(range(len(nets)), [f"{depth} blocks, {optimizer}" for depth, optimizer in nets])
-    left.yaxis.set_major_formatter(FuncFormatter(_bytes))
-    left.set_ylabel("peak of one step (live bytes)")
+        axes.set_xticks(range(len(nets)), [f"{depth} blocks\n{optimizer}" for depth, optimizer in nets])
+    left.set_ylabel("peak of one step (MiB, live bytes)")
     right.axhline(1.6, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     right.set_ylabel("time / reverse mode's (dashed: target)")
     figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=len(rivals), frameon=False)

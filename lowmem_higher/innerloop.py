@@ -305,10 +305,11 @@ def innerloop_ctx(
         pullback: "reverse" builds one step's second-order graph, reverse over reverse mode. "mixed" builds none: the
             update rule is pulled back by reverse mode, and the inner gradient is differentiated in forward mode along
             one direction. The first use of each step program is compared with reverse mode, which takes the peak of
-            "reverse" once (`verify="off"` leaves that out: then an operator that is wrong in forward mode makes a wrong
-            gradient). A program that differs, or that torch cannot differentiate so (an `autograd.Function` without
-            `setup_context` and `jvp`, `torch.utils.checkpoint` in the model), is pulled back by reverse mode, with one
-            `MixedFallbackWarning`. Wants `checkpoint_every` or `checkpoints`, `replay="native"`, no `first_order`.
+            "reverse" once (`verify="off"` leaves that out, and compares losses only: then an operator that is wrong in
+            forward mode makes a wrong gradient). A program that differs, or that torch cannot differentiate so (an
+            `autograd.Function` without `setup_context` and `jvp`, `torch.utils.checkpoint` in the model), is pulled
+            back by reverse mode, with one `MixedFallbackWarning`. Wants `checkpoint_every` or `checkpoints`,
+            `replay="native"`, no `first_order`.
         verify: What replays are compared with. "new": the loss of every step, the gradients at the 1st, 2nd, 4th,
             8th ... use of each step program, the weights and optimizer state at the end of each segment. "all": the
             gradients of every step as well. "off": nothing.
