@@ -247,6 +247,19 @@ def test_retained_graphs_and_a_loop_whose_model_is_gone() -> None:
     assert_same(dict(zip(run.inputs, second, strict=True)), expected)
 
 
+def test_terms_of_the_outer_loss_run_blocks_too() -> None:
+    def loop(run: Run) -> Tensor:
+        net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
+        outer = torch.zeros((), dtype=torch.float64)
+        with run.context(net, sgd_for(net)) as (fnet, diffopt):
+            for t in range(run.steps):
+                diffopt.step((fnet(x[rows(t)]) - y[rows(t)]).square().mean())
+                outer = outer + diffopt.outer(fnet(x).sin().mean())
+            return outer
+
+    assert_same(mixed(loop, 4, blocks=nn.Linear), unrolled(loop, 4))
+
+
 def test_the_derivative_of_a_gradient() -> None:
     x, y, v = (torch.randn(4, dtype=torch.float64) for _ in range(3))
     value, (by_x, by_y), (along_x, along_y) = gradient_and_derivative(
