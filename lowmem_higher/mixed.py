@@ -179,6 +179,7 @@ class _Pass:
             return None
         grads, derived = self._derivative(vectors)
         self._check_gradient(self._recorded_norms(grads), grads)
+        self._check_end(grads)
         direct, true_vectors = self._through_update(grads, cotangents)
         if _same(vectors, true_vectors):
             del vectors, true_vectors, grads
@@ -307,12 +308,12 @@ class _Pass:
         self, weights: list[Tensor], state: State, cotangents: Sequence[Tensor | None], chunk: list[int] | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The step's outputs that have a cotangent, with it; those of the parameters in `chunk` if that is given."""
-        layout, held = self._record.layout, self._record.rules._group_to_param_list
+        layout, parameter = self._record.layout, self._record.rules.parameter
         for index, cotangent in zip(layout.weights_out, cotangents, strict=False):
             if cotangent is not None and (chunk is None or index in chunk):
                 yield weights[index], cotangent
         for key, cotangent in zip(layout.state_out, cotangents[len(layout.weights_out) :], strict=True):
-            if cotangent is not None and (chunk is None or held[key[0]][key[1]] in chunk):
+            if cotangent is not None and (chunk is None or parameter(key[0], key[1]) in chunk):
                 yield state_leaf(state, key), cotangent
 
     def _chunks(self, grads: Gradients) -> list[list[int]]:
@@ -331,12 +332,9 @@ class _Pass:
         return chunks
 
     def _check_end(self, grads: Gradients) -> None:
-        """Compare the end of a segment with where the loop went on, if this step is the last of one.
-
-        Parts of a batch round otherwise than the loop did, which shows in the state of a gradient that is zero.
-        """
+        """Compare the end of a segment with where the loop went on, if this step is the last of one."""
         record = self._record
-        if self._parts.count == 1 and record.time + 1 in record.segment.marks:
+        if record.time + 1 in record.segment.marks:
             with self._ambient():
                 used = record.called_back(grads, self._weights, self._externals)
             record.update_again(self._weights, used, self._state, self._externals, create_graph=False)
