@@ -307,12 +307,44 @@ def profile_memory(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def mixed(result: dict[str, Any], path: Path) -> None:
+    """Left: the peak of one step. Right: its time over reverse mode's, with the target. A group of bars per net."""
+    rows = result["rows"]
+    rivals = list(dict.fromkeys(row["rival"] for row in rows))
+    nets = list(dict.fromkeys((row["depth"], row["optimizer"]) for row in rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    colors = dict(zip(rivals, ("#c0392b", "#e08e0b", "#1f6fb4", "#14876b"), strict=False))
+    width = 0.8 / len(rivals)
+    for axes, key in ((left, "peak_bytes"), (right, "time_ratio")):
+        for position, rival in enumerate(rivals):
+            mine = {(row["depth"], row["optimizer"]): row for row in rows if row["rival"] == rival}
+            places = [index + (position - (len(rivals) - 1) / 2) * width for index in range(len(nets))]
+            unit = 2**20 if key == "peak_bytes" else 1
+            heights = [mine[net][key] / unit for net in nets]
+            bars = axes.bar(places, heights, width, color=colors[rival], label=rival)
+            if key == "peak_bytes" and position:
+                labels = [f"1/{mine[net]['memory_ratio']:.1f}" for net in nets]
+                axes.bar_label(bars, labels, fontsize=7, color=INK)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.grid(True, axis="y", color=GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.set_xticks(range(len(nets)), [f"{depth} blocks\n{optimizer}" for depth, optimizer in nets])
+    left.set_ylabel("peak of one step (MiB, live bytes)")
+    right.axhline(1.6, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    right.set_ylabel("time / reverse mode's (dashed: target)")
+    figure.legend(*left.get_legend_handles_labels(), loc="lower center", ncols=len(rivals), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
 def main() -> None:
     """Draw again what was measured."""
     results = Path(__file__).resolve().parent / "results"
     for path in sorted(results.glob("*.json")):
         result = json.loads(path.read_text())
-        drawn = (vs_higher, memory_scaling, scaling, profile_memory)
+        drawn = (vs_higher, memory_scaling, scaling, profile_memory, mixed)
         function = {function.__name__: function for function in drawn}.get(result["benchmark"])
         if function is not None:
             function(result, path.with_suffix(".png"))

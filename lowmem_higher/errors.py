@@ -48,6 +48,10 @@ class BatchesHeldWarning(UserWarning):
     """
 
 
+class MixedFallbackWarning(UserWarning):
+    """A step program could not be pulled back with `pullback="mixed"`, and is pulled back by reverse mode instead."""
+
+
 class HistoryFreedError(LowmemError):
     """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""
 

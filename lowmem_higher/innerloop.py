@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_higher.blocks import Selection, block_paths, make_blocks
 from lowmem_higher.budget import budget_bytes, parse_budget
 from lowmem_higher.budgeted import Budgeted
 from lowmem_higher.holdings import Hint
@@ -30,7 +31,7 @@ from lowmem_higher.slip import warn_of_slip
 from lowmem_higher.trajectory import Trajectory
 
 _ALL = 1 << 60  # carries, until it is known how many fit
-_CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse",), "verify": ("new", "all", "off")}
+_CHOICES = {"replay": ("native", "torch"), "pullback": ("reverse", "mixed"), "verify": ("new", "all", "off")}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Settings:
     journal: bool = False
     store: str | os.PathLike[str] = "device"
     progress: bool | str = False
+    blocks: Selection | None = None
+    microbatches: int = 1
 
     def __post_init__(self) -> None:
         _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
@@ -92,6 +95,55 @@ class Settings:
             if getattr(self, name) not in choices:
                 allowed = " or ".join(repr(choice) for choice in choices)
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it can be {allowed}.")
+        self._check_mixed()
+
+    def _check_mixed(self) -> None:
+        if isinstance(self.microbatches, bool) or not isinstance(self.microbatches, int):
+            raise TypeError(
+                f"microbatches={self.microbatches!r} is a {type(self.microbatches).__name__}; it must be a whole "
+                "number: each batch is cut into so many parts. Use microbatches=4, or 1 for whole batches."
+            )
+        if self.microbatches < 1:
+            raise ValueError(
+                f"microbatches={self.microbatches} must be at least 1: each batch is cut into so many parts."
+            )
+        asked = [
+            name
+            for name, given in (("blocks", self.blocks is not None), ("microbatches", self.microbatches > 1))
+            if given
+        ]
+        if self.pullback == "reverse":
+            if asked:
+                raise ValueError(
+                    f"{asked[0]} saves memory in mixed mode only: what reverse over reverse mode computes again it "
+                    f'keeps all the same. Ask for mixed mode: innerloop_ctx(..., pullback="mixed", {asked[0]}=...).'
+                )
+            return
+        if self.schedule is None:
+            raise ValueError(
+                'pullback="mixed" pulls back one step at a time, and the full unroll differentiates all steps as one '
+                'graph. Say which carries to keep: innerloop_ctx(..., checkpoint_every=10, pullback="mixed").'
+            )
+        if self.memory_budget is not None:
+            raise ValueError(
+                f'memory_budget={self.memory_budget!r} reckons with the graphs of reverse mode, and pullback="mixed" '
+                'builds none. Say which carries to keep: innerloop_ctx(..., checkpoint_every=10, pullback="mixed").'
+            )
+        if self.graphs > 1:
+            raise ValueError(
+                f'graphs={self.graphs} holds the second-order graphs of several steps, and pullback="mixed" builds '
+                'none. Leave one of them out: innerloop_ctx(..., pullback="mixed").'
+            )
+        if self.replay != "native":
+            raise ValueError(
+                f'replay={self.replay!r} builds the second-order graphs of a whole segment, and pullback="mixed" '
+                'builds none. Leave one of them out: innerloop_ctx(..., pullback="mixed").'
+            )
+        if self.first_order:
+            raise ValueError(
+                'pullback="mixed" is a way to differentiate inner gradients, and with first_order=True they are '
+                "constants. Leave one of them out: innerloop_ctx(..., first_order=True)."
+            )
 
     def _check_graphs(self) -> None:
         meaning, otherwise = "the backward holds the graphs of so many steps", "1 for the least memory"
@@ -218,6 +270,8 @@ def innerloop_ctx(
     journal: bool = False,
     store: str | os.PathLike[str] = "device",
     progress: bool | str = False,
+    blocks: Selection | None = None,
+    microbatches: int = 1,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
 
@@ -248,7 +302,14 @@ def innerloop_ctx(
             what a full unroll takes and a first-order run for each step, in the memory of N graphs.
         replay: "native" recomputes the weights first, then differentiates one step at a time. "torch" rebuilds a
             segment through `torch.utils.checkpoint`; slower, an independent check.
-        pullback: "reverse", reverse over reverse mode.
+        pullback: "reverse" builds one step's second-order graph, reverse over reverse mode. "mixed" builds none: the
+            update rule is pulled back by reverse mode, and the inner gradient is differentiated in forward mode along
+            one direction. The first use of each step program is compared with reverse mode, which takes the peak of
+            "reverse" once (`verify="off"` leaves that out, and compares losses only: then an operator that is wrong in
+            forward mode makes a wrong gradient). A program that differs, or that torch cannot differentiate so (an
+            `autograd.Function` without `setup_context` and `jvp`, `torch.utils.checkpoint` in the model), is pulled
+            back by reverse mode, with one `MixedFallbackWarning`. Wants `checkpoint_every` or `checkpoints`,
+            `replay="native"`, no `first_order`.
         verify: What replays are compared with. "new": the loss of every step, the gradients at the 1st, 2nd, 4th,
             8th ... use of each step program, the weights and optimizer state at the end of each segment. "all": the
             gradients of every step as well. "off": nothing.
@@ -270,6 +331,13 @@ def innerloop_ctx(
             differentiated steps of the backward, with the time to go. "always" shows it also where stderr is a file. By
             tqdm if that is installed (`lowmem_higher[progress]`), else a line that counts. The full unroll shows the
             loop only.
+        blocks: With `pullback="mixed"`: submodules whose activations are computed again in each backward, also those
+            of first-order runs and of the outer loss. Module classes, `blocks=(TransformerBlock,)`, or a function of a
+            module that says whether it is one. A block may read its arguments and its own parameters and buffers.
+        microbatches: With `pullback="mixed"`: cut the batch of each step into so many parts of their own graphs, for a
+            loss that is a mean or a sum over its batch. Checked: the losses of the parts must give the loss of every
+            step (`ReplayMismatchError`); statistics of the batch and random draws are refused. The loop itself runs
+            whole batches.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
@@ -310,6 +378,9 @@ def innerloop_ctx(
         With `truncate=K` T first-order runs of your loop, K + c at most of the backward, and K second-order runs. With
         `first_order=True` what would be second-order runs are first-order ones. With `journal=True` there are no other
         first-order runs than your loop's. (`replay="native"`.)
+        With `pullback="mixed"` a second-order run is one in forward over reverse mode, and one more compares each kind
+        of step; T first-order runs are added for the inner gradients, but for SGD (whose update is linear in them) and
+        with `journal=True`. `blocks` add a forward to each run.
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -328,6 +399,7 @@ def innerloop_ctx(
         Griewank and Walther, Algorithm 799: revolve, ACM TOMS 26(1), 2000 (checkpointing of adjoint computations).
         Shaban et al., Truncated back-propagation for bilevel optimization, AISTATS 2019 (`truncate`).
         Finn et al., Model-agnostic meta-learning, ICML 2017, section 5.2 (`first_order`).
+        Kemaev et al., Scalable meta-learning via mixed-mode differentiation, arXiv 2505.00793 (`pullback="mixed"`).
     """
     settings = Settings(
         checkpoint_every=checkpoint_every,
@@ -343,6 +415,8 @@ def innerloop_ctx(
         journal=journal,
         store=store,
         progress=progress,
+        blocks=blocks,
+        microbatches=microbatches,
     )
     where = None if device is None else torch.device(device)
     fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
@@ -376,6 +450,10 @@ class _Wiring:
         self._live: LiveModule | None = None
         if settings.schedule is not None and tracked:
             self._live = LiveModule(model, fmodel, recorder())
+            if settings.blocks is not None:
+                paths = block_paths(model, settings.blocks)
+                make_blocks(fmodel, paths)
+                make_blocks(self._live.twin.root, paths)
             call_submodules_through(fmodel, self._live)
         self._model = model
         self._last = fmodel._view.last
@@ -405,6 +483,7 @@ class _Wiring:
             settings.store,
             self._hint,
             progress,
+            settings.microbatches if settings.pullback == "mixed" else None,
         )
         if settings.memory_budget is None:
             optimizer.follow(trajectory, trajectory)

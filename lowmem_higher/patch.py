@@ -383,7 +383,7 @@ def call_submodules_through(fmodel: FunctionalModule, caller: ModuleCaller) -> N
             module.__class__ = _routed_class(type(module))
 
 
-def _class_of(kind: str, base: type[nn.Module], make: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
+def class_of(kind: str, base: type[nn.Module], make: Callable[[type[nn.Module]], type[nn.Module]]) -> type[nn.Module]:
     """The class made from `base`, once. A user's class holds what is made from it, so that both can be freed."""
     name = f"_lowmem_higher_{kind}"
     if base.__module__.startswith("torch."):
@@ -401,7 +401,7 @@ _from_torch: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 def functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
     """The class of the fmodels of a class of models: a subclass of it, and of `FunctionalModule`."""
-    return _class_of("functional", model_type, _make_functional_class)
+    return class_of("functional", model_type, _make_functional_class)
 
 
 def _make_functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
@@ -410,7 +410,7 @@ def _make_functional_class(model_type: type[nn.Module]) -> type[nn.Module]:
 
 
 def _routed_class(module_type: type[nn.Module]) -> type[nn.Module]:
-    return _class_of("routed", module_type, _make_routed_class)
+    return class_of("routed", module_type, _make_routed_class)
 
 
 def _make_routed_class(module_type: type[nn.Module]) -> type[nn.Module]:

@@ -62,6 +62,13 @@ class StepProgram:
 
     def run(self, weights: Sequence[Tensor], buffers: Buffers, inputs: StepInputs) -> tuple[Tensor, Buffers]:
         """Compute the loss, and the buffers after it, from other weights and buffers."""
+        loss, *new_buffers = self.evaluate(weights, buffers, inputs, [self.loss, *(self.buffers or ())])
+        return loss, buffers if self.buffers is None else tuple(new_buffers)
+
+    def evaluate(
+        self, weights: Sequence[Tensor], buffers: Buffers, inputs: StepInputs, wanted: Sequence[Ref]
+    ) -> list[Any]:
+        """Compute the values that `wanted` refers to."""
         results: list[tuple[list[Tensor], list[Any], Buffers]] = []
         values: dict[str, Callable[[Ref], Any]] = {
             "weight": lambda ref: weights[ref.at],
@@ -93,9 +100,7 @@ class StepProgram:
                 else:
                     out = instruction.call(*args, **kwargs)
             results.append((tensors_in(out), leaves, after))
-        new_buffers = buffers if self.buffers is None else tuple(values[ref.kind](ref) for ref in self.buffers)
-        loss: Tensor = values[self.loss.kind](self.loss)
-        return loss, new_buffers
+        return [values[ref.kind](ref) for ref in wanted]
 
     def __str__(self) -> str:
         """The program as code that a person can read."""

@@ -201,11 +201,18 @@ class StepGraph:
         return [next(found) if asked else None for asked in wanted]
 
 
-class Replay(Protocol):
-    """How the graph of a step is built again."""
+class PulledBack(Protocol):
+    """A step, ready to be pulled back."""
 
-    def graph(self, record: StepRecord, carries: Carries) -> StepGraph:
-        """The graph of a step."""
+    def pull_back(self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """The vector-Jacobian product, once, as far as it is wanted."""
+
+
+class Replay(Protocol):
+    """How a step is made ready to be pulled back."""
+
+    def graph(self, record: StepRecord, carries: Carries) -> PulledBack:
+        """The graph of a step, or what does its work."""
 
 
 def inputs_of(layout: Layout, weights: list[Tensor], state: State, externals: list[Tensor]) -> list[Tensor]:

@@ -329,34 +329,52 @@ class StepRecord:
         create_graph: bool,
     ) -> StepRun:
         """Run the step again (rule R1); the one place where that is done."""
-        inputs = StepInputs(externals, self.externals, self.numbers, self.rng, self.states, self.targets)
-        with second_order_here():
-            loss, new_buffers = self.program.run(weights, buffers, inputs)
+        loss, new_buffers = self.loss_again(weights, buffers, externals)
         with self.update.ambient.restored(Ambient.capture()), second_order_here():
             if self.loss is not None:
                 check_loss_value(self, loss)
             grads: Gradients = self.rules.gradients(loss, weights, create_graph=create_graph, retain_graph=create_graph)
             if self.fingerprint is not None:
                 check_fingerprint(self, loss, grads)
-            if self.callback is not None:
-                grads = self._call_back(self.callback, grads, weights, externals)
+            grads = self.called_back(grads, weights, externals)
         new_weights, new_state = self.update_again(weights, grads, state, externals, create_graph=create_graph)
         return StepRun(new_weights, new_state, new_buffers)
+
+    def inputs(self, externals: list[Tensor]) -> StepInputs:
+        """What the program reads besides the carry."""
+        return StepInputs(externals, self.externals, self.numbers, self.rng, self.states, self.targets)
+
+    def loss_again(
+        self, weights: Sequence[Tensor], buffers: Buffers, externals: list[Tensor]
+    ) -> tuple[Tensor, Buffers]:
+        """Run the loss alone again; also returns the buffers after it."""
+        with second_order_here():
+            return self.program.run(weights, buffers, self.inputs(externals))
+
+    def called_back(self, grads: Gradients, weights: list[Tensor], externals: list[Tensor]) -> Gradients:
+        """The gradients that the update uses, once more."""
+        return grads if self.callback is None else self._call_back(self.callback, grads, weights, externals)
 
     def update_again(
         self, weights: list[Tensor], grads: Gradients, state: State, externals: list[Tensor], *, create_graph: bool
     ) -> tuple[list[Tensor], State]:
-        """Run the update alone again, from the gradients that it uses."""
+        """Run the update alone again, from the gradients that it used."""
+        new_weights, new_state = self.update_only(weights, grads, state, externals, create_graph=create_graph)
+        expected = self.segment.marks.get(self.time + 1)
+        if expected is not None:
+            check_mark(self, expected, new_weights, new_state, grads)
+        return new_weights, new_state
+
+    def update_only(
+        self, weights: list[Tensor], grads: Gradients, state: State, externals: list[Tensor], *, create_graph: bool
+    ) -> tuple[list[Tensor], State]:
+        """The same from any gradients."""
         with (
             self.update.ambient.restored(Ambient.capture()),
             second_order_here(),
             torch.set_grad_enabled(create_graph),
         ):
-            new_weights, new_state = self._advance(weights, grads, state, externals)
-        expected = self.segment.marks.get(self.time + 1)
-        if expected is not None:
-            check_mark(self, expected, new_weights, new_state, grads)
-        return new_weights, new_state
+            return self._advance(weights, grads, state, externals)
 
     def _call_back(
         self, callback: GradCallback, grads: Gradients, weights: list[Tensor], externals: list[Tensor]

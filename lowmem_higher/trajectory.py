@@ -22,6 +22,7 @@ from lowmem_higher.holdings import Hint, Holdings
 from lowmem_higher.journals import Journals
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
+from lowmem_higher.mixed import MixedReplay
 from lowmem_higher.optim.base import (
     DifferentiableOptimizer,
     GradCallback,
@@ -80,6 +81,7 @@ class Trajectory:
         store: Where kept carries, journals and externals live: "device", "host" or a directory.
         hint: Whether the warning of batches that outgrow the carries was given.
         progress: Is told how far the run is.
+        mixed: None for reverse over reverse mode; else mixed mode, with each batch in so many parts.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Trajectory:
         store: str | os.PathLike[str],
         hint: Hint,
         progress: Progress,
+        mixed: int | None = None,
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
@@ -111,6 +114,9 @@ class Trajectory:
         once, twice = self.ledger.count_first_order, self.ledger.count_second_order
         self._count_pullback = once if optimizer.first_order else twice
         self._replay: Replay = strategies[replay](self._count_pullback)
+        self._mixed = mixed is not None
+        if mixed is not None:
+            self._replay = MixedReplay(once, self._count_pullback, verify, mixed)
         self._verify = verify
         self._programs: dict[StepProgram, StepProgram] = {}
         self._layouts: dict[Layout, Layout] = {}
@@ -314,7 +320,7 @@ class Trajectory:
             callback=callback,
             callback_rng=callback_rng,
             rule_rng=rule_rng,
-            loss=None if self._verify == "off" else value,
+            loss=None if self._verify == "off" and not self._mixed else value,
             fingerprint=mark,
             segment=segment,
             previous=before if before is not None and before.segment is segment else None,
