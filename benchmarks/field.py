@@ -69,9 +69,9 @@ class Row:
 
 @dataclass
 class Prepared:
-    """A rival ready to run: a call gives the gradient, flat."""
+    """A rival ready to run: a call gives the seconds that it took, and the gradient, flat."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], tuple[float, Tensor]]
     before: float = 0.0  # seconds that it took to prepare
     peak_bytes: int | None = None  # where live bytes do not see it
 
@@ -102,21 +102,31 @@ def prepare(name: str, problem: Problem, steps: int) -> Prepared:
         import in_jax
 
         compiled = in_jax.compiled(problem, steps)
-        return Prepared(compiled.gradient, compiled.compile_seconds, compiled.peak_bytes)
+        call = timed(compiled.gradient)
+        return Prepared(call, compiled.compile_seconds, compiled.peak_bytes)
     if name == "TorchOpt":
-        return Prepared(lambda: with_torchopt(problem, steps))
+        return Prepared(timed(lambda: with_torchopt(problem, steps)))
     if name == "by hand":
-        return Prepared(lambda: by_hand(problem, steps, reentrant=True))
+        return Prepared(timed(lambda: by_hand(problem, steps, reentrant=True)))
     setting = next(rival for rival in (HIGHER, *OURS) if rival.name == name)
-    return Prepared(lambda: common.run(setting, problem, steps).gradient)
+
+    def run() -> tuple[float, Tensor]:
+        done = common.run(setting, problem, steps)  # has its own clock, which leaves the collection of garbage out
+        return done.seconds, done.gradient
+
+    return Prepared(run)
 
 
-def timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Seconds of a run, and its gradient."""
-    gc.collect()
-    start = time.perf_counter()
-    found = call()
-    return time.perf_counter() - start, found
+def timed(call: Callable[[], Tensor]) -> Callable[[], tuple[float, Tensor]]:
+    """The same with its seconds."""
+
+    def run() -> tuple[float, Tensor]:
+        gc.collect()
+        start = time.perf_counter()
+        found = call()
+        return time.perf_counter() - start, found
+
+    return run
 
 
 def measure(problem: Problem, steps: int, names: list[str], arguments: argparse.Namespace) -> list[Row]:
@@ -130,7 +140,7 @@ def measure(problem: Problem, steps: int, names: list[str], arguments: argparse.
         try:
             prepared = prepare(name, problem, steps)
             calls = CountedModel.calls
-            seconds, gradient = timed(prepared.call)
+            seconds, gradient = prepared.call()
         except (RuntimeError, MemoryError, TypeError, NotImplementedError) as error:
             row.left_out = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
             continue
@@ -148,7 +158,7 @@ def measure(problem: Problem, steps: int, names: list[str], arguments: argparse.
     for turn in range(arguments.repeats):
         for name, prepared in ready.items():
             if turn == 0 or rows[name].seconds[0] <= arguments.long:
-                rows[name].seconds.append(timed(prepared.call)[0])
+                rows[name].seconds.append(prepared.call()[0])
     for row in rows.values():
         if row.seconds:
             row.median = statistics.median(row.seconds)
