@@ -116,7 +116,7 @@ def loop(steps: int, spacing: int, watch: Watch | None) -> dict[str, Any]:
 def measure(how: str, steps: int, spacing: int) -> dict[str, Any]:
     """What one process does: a short loop for everything that is made once, then the measured one."""
     torch.set_num_threads(1)
-    loop(min(50, steps), spacing, None)
+    loop(min(300, steps), spacing, None)  # a trace is made too
     if how == "tracemalloc":
         tracemalloc.start()
     return loop(steps, spacing, Watch(how))

@@ -7,6 +7,7 @@ from lowmem_higher import errors, optim, patch, testing, utils
 from lowmem_higher.clip import clip_grad_norm, clip_grad_value
 from lowmem_higher.errors import (
     BatchesHeldWarning,
+    CompileFallbackWarning,
     ExternalModifiedError,
     HigherOrderError,
     HistoryFreedError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchesHeldWarning",
+    "CompileFallbackWarning",
     "ExternalModifiedError",
     "HigherOrderError",
     "HistoryFreedError",

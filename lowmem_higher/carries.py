@@ -85,9 +85,17 @@ class Carries:
         schedule: Which carries are held.
         ledger: Counts carries and runs.
         store: "device", "host" or a directory.
+        advance: Makes the next carry.
     """
 
-    def __init__(self, schedule: Schedule, ledger: Ledger, store: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        ledger: Ledger,
+        store: str | os.PathLike[str],
+        advance: Callable[[StepRecord, Carry], Carry] = advance_carry,
+    ) -> None:
+        self._next = advance
         self._schedule = schedule
         self._ledger = ledger
         self.store = make_store(store, ledger)
@@ -283,4 +291,4 @@ class Carries:
             self._ledger.count_first_order()
         else:
             self._ledger.count_update()
-        return self.keep(advance_carry(record, carry))
+        return self.keep(self._next(record, carry))

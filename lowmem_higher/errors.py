@@ -52,6 +52,10 @@ class MixedFallbackWarning(UserWarning):
     """A step program could not be pulled back with `pullback="mixed"`, and is pulled back by reverse mode instead."""
 
 
+class CompileFallbackWarning(UserWarning):
+    """Under `compile=True` some steps are not compiled; the message says why."""
+
+
 class HistoryFreedError(LowmemError):
     """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""
 

@@ -43,7 +43,7 @@ class Ledger:
         self.newest_externals_bytes = 0  # what the newest record has added
         self.update_runs = self.journal_bytes = 0
         self.stored_bytes = self.stored_peak_bytes = 0
-        self.forward_seconds = self.backward_seconds = 0.0
+        self.forward_seconds = self.backward_seconds = self.compile_seconds = 0.0
         self._storages: Counter[StorageKey] = Counter()
         self._timeline = Timeline()
         self.on_run: Callable[[], None] = _nothing  # after each run of a step
@@ -108,6 +108,10 @@ class Ledger:
         """Count a carry got by the update rule alone."""
         self.update_runs += 1
         self.on_run()
+
+    def add_compile_seconds(self, seconds: float) -> None:
+        """Count time spent tracing and compiling."""
+        self.compile_seconds += seconds
 
     def begin_record(self) -> None:
         """What is held from now on is the newest record's."""
@@ -176,6 +180,7 @@ class Ledger:
             self.stored_bytes,
             self.stored_peak_bytes,
             self.unrolled_steps,
+            self.compile_seconds,
             self._timeline.samples(),
         )
 

@@ -265,7 +265,7 @@ def second_order_graph(record: StepRecord, carry: Carry) -> StepGraph:
     externals = record.stand_ins()
     run = record.run(weights, state, carry.buffers, externals, create_graph=True)
     inputs = inputs_of(record.layout, weights, state, externals)
-    return StepGraph(inputs, outputs_of(record.layout, run.weights, run.state), run)
+    return StepGraph(inputs, outputs_of(record.layout, run.weights, run.state), run.results)
 
 
 class TorchReplay:
@@ -320,5 +320,5 @@ class TorchReplay:
         for index in layout.externals_in:
             externals[index] = next(given)
         run = record.run(weights, state, buffers, externals, create_graph=True)
-        runs[:] = [run]
+        runs[:] = [run.results]
         return tuple(outputs_of(layout, run.weights, run.state))

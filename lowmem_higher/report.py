@@ -37,6 +37,7 @@ class Report:
         stored_bytes: Bytes in host memory or on disk now, by `store`: kept carries, externals, journals.
         stored_peak_bytes: The most that were there at once.
         unrolled_steps: Steps whose graphs were kept, by `memory_budget` or in a full unroll.
+        compile_seconds: Spent tracing and compiling, by `compile`; part of `backward_seconds`, or of the loop's.
         timeline: What was held when, as `(phase, step, bytes)`: carries alive and externals, after each step of the
             loop ("forward") and while it is differentiated ("backward"). At most 1,000 samples: of a longer run each
             is the largest of a stretch. Empty for the full unroll.
@@ -71,6 +72,7 @@ class Report:
     stored_bytes: int = 0
     stored_peak_bytes: int = 0
     unrolled_steps: int = 0
+    compile_seconds: float = 0.0
     timeline: Sequence[Sample] = ()
 
     def __post_init__(self) -> None:

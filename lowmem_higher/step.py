@@ -32,6 +32,7 @@ class Carry:
     state: State
     buffers: Buffers
     versions: list[int] = field(default_factory=list)
+    form: Any = None  # what traces compare of its tensors, once it was asked for
 
     def __post_init__(self) -> None:
         self.versions = [version_of(tensor) for tensor in self.tensors()]
@@ -172,6 +173,13 @@ class StepRun:
     weights: list[Tensor]
     state: State
     buffers: Buffers
+    loss: Tensor | None = None
+    grads: Gradients = ()
+
+    @property
+    def results(self) -> StepRun:
+        """What the next step starts from, alone: this may be held for long."""
+        return StepRun(self.weights, self.state, self.buffers)
 
 
 @dataclass(eq=False)
@@ -338,7 +346,7 @@ class StepRecord:
                 check_fingerprint(self, loss, grads)
             grads = self.called_back(grads, weights, externals)
         new_weights, new_state = self.update_again(weights, grads, state, externals, create_graph=create_graph)
-        return StepRun(new_weights, new_state, new_buffers)
+        return StepRun(new_weights, new_state, new_buffers, loss, grads)
 
     def inputs(self, externals: list[Tensor]) -> StepInputs:
         """What the program reads besides the carry."""

@@ -115,6 +115,8 @@ class live_bytes(TorchDispatchMode):
         with torch._C.DisableTorchFunction():  # B4
             result = func(*args, **kwargs)
             for storage in _storages(result):
+                if storage.device.type == "meta":  # no memory: of a tensor without values, as tracing uses
+                    continue
                 reference = self._alive.get(storage._cdata)
                 if reference is not None:
                     self._set_size(reference, storage.nbytes())

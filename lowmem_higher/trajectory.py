@@ -36,7 +36,7 @@ from lowmem_higher.outer_term import TermNode, TermRecord
 from lowmem_higher.patch import FunctionalModule
 from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, check_dependence, cut
 from lowmem_higher.progress import Progress
-from lowmem_higher.pullback import NativeReplay, Replay, TorchReplay, attach, inputs_of, outputs_of, second_order_graph
+from lowmem_higher.pullback import Replay, TorchReplay, attach, inputs_of, outputs_of, second_order_graph
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
@@ -58,6 +58,7 @@ from lowmem_higher.step import (
 )
 from lowmem_higher.structure import flatten
 from lowmem_higher.testing import live_bytes
+from lowmem_higher.traced import Replays, TracedReplay
 from lowmem_higher.truncation import LastSteps
 from lowmem_higher.watch import Watcher
 
@@ -82,6 +83,7 @@ class Trajectory:
         hint: Whether the warning of batches that outgrow the carries was given.
         progress: Is told how far the run is.
         mixed: None for reverse over reverse mode; else mixed mode, with each batch in so many parts.
+        replays: Runs replays and pullbacks, traced where it can.
     """
 
     def __init__(
@@ -97,26 +99,31 @@ class Trajectory:
         store: str | os.PathLike[str],
         hint: Hint,
         progress: Progress,
-        mixed: int | None = None,
+        mixed: int | None,
+        replays: Replays,
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
         self.last = last
         self._progress = progress
         self.ledger.on_run = progress.run
+        replays.on_traced = self.ledger.add_compile_seconds
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
-        self._carries = Carries(schedule, self.ledger, store)
+        self._carries = Carries(schedule, self.ledger, store, replays.advance)
         self._holdings = Holdings(self._carries.store, self.ledger, hint)
         self._journals = Journals(self._carries.store, self._carries.constants, self.ledger) if journal else None
-        strategies: dict[str, type[NativeReplay] | type[TorchReplay]] = {"native": NativeReplay, "torch": TorchReplay}
         once, twice = self.ledger.count_first_order, self.ledger.count_second_order
         self._count_pullback = once if optimizer.first_order else twice
-        self._replay: Replay = strategies[replay](self._count_pullback)
+        self._replay: Replay
         self._mixed = mixed is not None
         if mixed is not None:
             self._replay = MixedReplay(once, self._count_pullback, verify, mixed)
+        elif replay == "torch":
+            self._replay = TorchReplay(self._count_pullback)
+        else:
+            self._replay = TracedReplay(self._count_pullback, replays)
         self._verify = verify
         self._programs: dict[StepProgram, StepProgram] = {}
         self._layouts: dict[Layout, Layout] = {}

@@ -33,9 +33,10 @@ FIELDS = [
     "stored_bytes",
     "stored_peak_bytes",
     "unrolled_steps",
+    "compile_seconds",
     "timeline",
 ]
-NOT_COUNTS = ("forward_seconds", "backward_seconds", "timeline")
+NOT_COUNTS = ("forward_seconds", "backward_seconds", "compile_seconds", "timeline")
 
 
 class WithBuffer(nn.Module):

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
 
 from lowmem_higher.optim.in_place import apply_rule_in_place, run_update
 from lowmem_higher.optim.write_back import write_back
@@ -282,16 +282,20 @@ class DifferentiableOptimizer:
             new_param, new_entry = self.update(params[0], grads[0], state[0], group)
             return [new_param], [new_entry]
         joined = {
-            key: _flatten_dense_tensors([entry[key] for entry in state]) if isinstance(value, Tensor) else value
+            key: value
+            if not isinstance(value, Tensor) or all(entry[key] is value for entry in state)  # one number for all
+            else _flatten_dense_tensors([entry[key] for entry in state])
             for key, value in state[0].items()
         }
         flat, new_joined = self.update(_flatten_dense_tensors(params), _flatten_dense_tensors(grads), joined, group)
         parts = {
-            key: _unflatten_dense_tensors(value, params) if isinstance(value, Tensor) else [value] * len(params)
+            key: _parted(value, params)
+            if isinstance(value, Tensor) and value.shape == flat.shape
+            else [value] * len(params)
             for key, value in new_joined.items()
         }
         new_entries = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-        return _unflatten_dense_tensors(flat, params), new_entries or [{} for _ in params]
+        return _parted(flat, params), new_entries or [{} for _ in params]
 
     def step(
         self,
@@ -686,6 +690,12 @@ def _compared(value: Any) -> Any:
     if isinstance(value, Tensor):
         return None
     return id(value) if type(value).__hash__ is None else value
+
+
+def _parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A joined vector as tensors of these shapes. The derivative of one `split` is one `cat`."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _has_dimensions(value: Any) -> bool:
