@@ -46,8 +46,9 @@ NETS = {"tiny": common.tiny, "mlp512": common.mlp, "conv4": common.conv4, "gpt":
 LONGEST = {"conv4": 200, "gpt": 200}  # of the default run: longer ones take hours
 MIXED = Setting("N=10, mixed", lambda steps: {"checkpoint_every": 10, "pullback": "mixed"})
 COMPILED = Setting("N=10, compiled", lambda steps: {"checkpoint_every": 10, "compile": True})
+TRACED = Setting("N=10, traced", lambda steps: {"checkpoint_every": 10, "compile": "trace"})
 SLOTS = Setting("s=30", lambda steps: {"checkpoints": 30})
-OURS: tuple[Rival | Setting, ...] = (AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, SLOTS, MIXED, COMPILED)
+OURS: tuple[Rival | Setting, ...] = (AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, SLOTS, MIXED, TRACED, COMPILED)
 
 
 @dataclass

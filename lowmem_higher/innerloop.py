@@ -56,7 +56,7 @@ class Settings:
     progress: bool | str = False
     blocks: Selection | None = None
     microbatches: int = 1
-    compile: bool | str = "auto"
+    compile: bool | str = False
 
     def __post_init__(self) -> None:
         _check_count("checkpoint_every", self.checkpoint_every, "a carry is kept every so many steps")
@@ -95,17 +95,17 @@ class Settings:
                 f"progress={self.progress!r} is unknown; it can be False, True (bars where stderr is a terminal) or "
                 "'always' (also where it is not)."
             )
-        if not isinstance(self.compile, bool) and self.compile != "auto":
+        if not isinstance(self.compile, bool) and self.compile != "trace":
             raise ValueError(
-                f"compile={self.compile!r} is unknown; it can be 'auto' (steps that were replayed often are traced), "
-                "True (they are compiled) or False (they are replayed)."
+                f"compile={self.compile!r} is unknown; it can be False (steps are replayed), 'trace' (those "
+                "that were replayed often are traced) or True (they are compiled)."
             )
         asked = (self.replay, self.pullback)
-        if self.compile is True and (self.schedule is None or asked != ("native", "reverse")):
+        if self.compile and (self.schedule is None or asked != ("native", "reverse")):
             raise ValueError(
-                "compile=True compiles the pullbacks of a checkpointed context by reverse mode; replay='torch', "
-                "pullback='mixed' and the full unroll have none. Say which carries to keep: "
-                "innerloop_ctx(..., checkpoint_every=10, compile=True)."
+                f"compile={self.compile!r} is for the pullbacks of a checkpointed context by reverse mode; "
+                "replay='torch', pullback='mixed' and the full unroll have none. Say which carries to keep: "
+                f"innerloop_ctx(..., checkpoint_every=10, compile={self.compile!r})."
             )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -211,8 +211,7 @@ class Settings:
 def _replays(model: nn.Module, settings: Settings) -> Replays:
     if settings.compile is True:
         return Replays(model, Inductor(), traced.COMPILE_AFTER)
-    tracing = settings.compile and settings.pullback == "reverse"  # a trace computes no activation again
-    return Replays(model, None, traced.TRACE_AFTER if tracing else None)
+    return Replays(model, None, traced.TRACE_AFTER if settings.compile else None)
 
 
 def _check_store(store: object, *, kept: bool) -> None:
@@ -295,7 +294,7 @@ def innerloop_ctx(
     progress: bool | str = False,
     blocks: Selection | None = None,
     microbatches: int = 1,
-    compile: bool | str = "auto",  # noqa: A002  (torch's word for it)
+    compile: bool | str = False,  # noqa: A002  (torch's word for it)
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
     """Open a differentiable inner loop: `higher`'s own context manager, with memory that need not grow with the steps.
 
@@ -362,16 +361,16 @@ def innerloop_ctx(
             loss that is a mean or a sum over its batch. Checked: the losses of the parts must give the loss of every
             step (`ReplayMismatchError`); statistics of the batch and random draws are refused. The loop itself runs
             whole batches.
-        compile: "auto": the replays and pullbacks of a step program that has been used often (200 times, by all
-            contexts of one model) are traced once, as flat graphs of torch calls, and run without autograd and without
-            the code of the model: two to four times as fast where tensors are small. Traces that are no faster are
-            dropped. True: they are traced early, and pullbacks compiled by torch's inductor, which takes seconds to
-            minutes and, on a CPU, a C++ compiler (`diffopt.report.compile_seconds`); what cannot be compiled is
-            replayed, with a `CompileFallbackWarning` that says why. False: every replay runs the code of the model.
-            The gradients agree to rounding; those of "auto" are the same to the bit unless numbers (a step count, a
-            learning rate that is no tensor) differ from step to step. Traces are compared with replays, at their first
-            use in each context and at their 2nd, 4th, 8th ... use. Dropout, rules of your own and forwards that branch
-            on values stay as they are. Only with `replay="native"` and `pullback="reverse"`.
+        compile: False: every replay runs the code of the model. "trace": the replays and pullbacks of a step program
+            that has been used often (200 times, by all contexts of one model) are traced once, as flat graphs of torch
+            calls, and run without autograd and without the code of the model: a backward of half the time where tensors
+            are small. Traces that are no faster are dropped. True: they are traced early, and pullbacks compiled by
+            torch's inductor, which takes seconds to minutes and, on a CPU, a C++ compiler
+            (`diffopt.report.compile_seconds`); what cannot be compiled is replayed, with a `CompileFallbackWarning`
+            that says why. The gradients agree to rounding; those of "trace" are the same to the bit unless numbers (a
+            step count, a learning rate that is no tensor) differ from step to step. Traces are compared with replays,
+            at their first use in each context and at their 2nd, 4th, 8th ... use. Dropout, rules of your own and
+            forwards that branch on values stay as they are. Only with `replay="native"` and `pullback="reverse"`.
 
     Yields:
         `(fmodel, diffopt)`: the functional model and the differentiable optimizer. Both stay usable after the context.
