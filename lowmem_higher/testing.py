@@ -115,8 +115,6 @@ class live_bytes(TorchDispatchMode):
         with torch._C.DisableTorchFunction():  # B4
             result = func(*args, **kwargs)
             for storage in _storages(result):
-                if storage.device.type == "meta":  # no memory: of a tensor without values, as tracing uses
-                    continue
                 reference = self._alive.get(storage._cdata)
                 if reference is not None:
                     self._set_size(reference, storage.nbytes())
@@ -154,7 +152,9 @@ def _storages(value: object) -> Iterator[torch.UntypedStorage]:
             yield from _storages((value._indices(), value._values()))
         elif not value._is_zerotensor():  # forward-mode AD's zero claims a size but has no memory
             with suppress(NotImplementedError):  # opaque layouts
-                yield value.untyped_storage()
+                storage = value.untyped_storage()
+                if storage.device.type == value.device.type:  # else a fake of tracing, which claims a device
+                    yield storage
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _storages(item)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lowmem_higher.optim.in_place import apply_rule_in_place, run_update
 from lowmem_higher.optim.write_back import write_back
@@ -289,13 +289,13 @@ class DifferentiableOptimizer:
         }
         flat, new_joined = self.update(_flatten_dense_tensors(params), _flatten_dense_tensors(grads), joined, group)
         parts = {
-            key: _parted(value, params)
+            key: _unflatten_dense_tensors(value, params)
             if isinstance(value, Tensor) and value.shape == flat.shape
             else [value] * len(params)
             for key, value in new_joined.items()
         }
         new_entries = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-        return _parted(flat, params), new_entries or [{} for _ in params]
+        return _unflatten_dense_tensors(flat, params), new_entries or [{} for _ in params]
 
     def step(
         self,
@@ -690,12 +690,6 @@ def _compared(value: Any) -> Any:
     if isinstance(value, Tensor):
         return None
     return id(value) if type(value).__hash__ is None else value
-
-
-def _parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """A joined vector as tensors of these shapes. The derivative of one `split` is one `cat`."""
-    parts = flat.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _has_dimensions(value: Any) -> bool:
