@@ -22,10 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowmem_higher.innerloop import OBSERVERS, Settings, Unrolled
+from lowmem_higher.innerloop import OBSERVERS, Unrolled
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.meters import Meter, Sampler
 from lowmem_higher.report import Report, format_bytes
+from lowmem_higher.settings import Settings
 from lowmem_higher.trajectory import Trajectory
 
 _COUNTS = ("steps", "first_order_runs", "second_order_runs", "update_runs", "unrolled_steps")
