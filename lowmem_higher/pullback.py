@@ -104,7 +104,7 @@ def wanted_inputs(edges: Sequence[tuple[Any, int]]) -> list[bool]:
         if function not in found:
             try:
                 found[function] = torch._C._will_engine_execute_node(function)
-            except RuntimeError:  # torch cannot say of a leaf
+            except RuntimeError:  # of a leaf that torch.autograd.grad was asked for
                 found[function] = True
     return [found[function] for function, _ in edges]
 
@@ -131,8 +131,6 @@ def attach(
     carries: Carries, record: StepRecord, outputs: list[Tensor], inputs: list[Tensor]
 ) -> tuple[tuple[Tensor, ...], PastWeights]:
     """Put a step into the graph; returns its outputs with their place in the graph, and the weights of its time."""
-    carried = len(record.layout.weights_in) + len(record.layout.state_in)
-    inputs = [leaf.view_as(leaf) if leaf.is_leaf else leaf for leaf in inputs[:carried]] + inputs[carried:]
     counter = itertools.count()
     recompute = functools.partial(_weight_after, carries, weakref.ref(record))  # held by the node until it lets go
     with torch.enable_grad(), saved_tensors_hooks(lambda _: next(counter), recompute):

@@ -2269,6 +2269,37 @@ def test_R10_the_error_names_step_tensor_values_and_causes() -> None:
     )
 
 
+class GainBackward(torch.autograd.Function):
+    """The identity, whose backward reads a global."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return _gain[0] * cotangent
+
+
+@pytest.mark.parametrize("verify", ["new", "all"])
+def test_R10_gradients_are_compared_where_the_loss_is_the_same(verify: str) -> None:
+    """Guards: the fingerprint of gradients. The global changes after the loop, the loss does not depend on it."""
+    net = nn.Linear(3, 1).double()
+    x = torch.sin(torch.arange(12.0, dtype=torch.float64)).reshape(4, 3)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    _gain[0] = 1.0
+    try:
+        with higher.innerloop_ctx(net, opt, checkpoint_every=2, verify=verify) as (fnet, diffopt):
+            for _ in range(4):  # the fourth use of the program is compared, also by verify="new"
+                diffopt.step(GainBackward.apply(fnet(x)).square().mean())
+            outer = fnet(x).sum()
+            _gain[0] = 1.5
+            with pytest.raises(higher.ReplayMismatchError, match="the (sum|norm) of the gradient of weight was"):
+                torch.autograd.grad(outer, list(fnet.parameters(time=0)))
+    finally:
+        _gain[0] = 1.0
+
+
 def test_verify_off_checks_nothing_and_is_exact() -> None:
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
