@@ -120,7 +120,8 @@ def field(result: dict[str, Any], path: Path) -> None:
     cells = list(dict.fromkeys((row["net"], row["steps"]) for row in result["rows"]))
     columns = min(3, len(cells))
     lines = -(-len(cells) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(5.4 * columns, 4.2 * lines), squeeze=False)
+    height = 4.2 * lines + 1.0  # the last inch is the legend's
+    figure, grid = plt.subplots(lines, columns, figsize=(5.4 * columns, height), squeeze=False)
     for axes in grid.flat[len(cells) :]:
         axes.set_visible(False)
     names = list(dict.fromkeys(row["rival"] for row in result["rows"]))
@@ -132,7 +133,7 @@ def field(result: dict[str, Any], path: Path) -> None:
                     row["peak_bytes"], row["median"], linestyle="none", marker="o", markersize=8,
                     color=colors[row["rival"]], label=row["rival"],
                 )  # fmt: skip
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -144,7 +145,7 @@ def field(result: dict[str, Any], path: Path) -> None:
         label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 1.0 / height, 1, 1))
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
