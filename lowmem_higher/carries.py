@@ -21,12 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.packing import Constants, same_tensors
 from lowmem_higher.schedule import Bounded, Schedule
-from lowmem_higher.step import Carry, StepRecord, advance_carry
+from lowmem_higher.step import Carry, Mark, StepRecord, advance_carry
 from lowmem_higher.store import Store, Stored, make_store
 
 
@@ -64,7 +62,7 @@ class Segment:
     """
 
     kept: dict[int, Held]
-    marks: dict[int, Tensor] = field(default_factory=dict)
+    marks: dict[int, Mark] = field(default_factory=dict)
     replayed: dict[int, Held] = field(default_factory=dict)
     graphs: dict[int, Any] = field(default_factory=dict)  # of steps, by replay="torch"
     earlier: weakref.ref[Segment] | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem_higher.live_module import ModuleCall
 from lowmem_higher.program import Instruction, Ref, StepInputs, StepProgram
-from lowmem_higher.step import External, StepRecord, Update
+from lowmem_higher.step import External, Mark, StepRecord, Update
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Nowhere:
     """In place of a segment."""
 
     def __init__(self) -> None:
-        self.marks: dict[int, Tensor] = {}
+        self.marks: dict[int, Mark] = {}
 
 
 def _nothing(externals: list[External]) -> None:

@@ -468,30 +468,50 @@ def fingerprint(loss: Tensor, grads: Gradients) -> Tensor:
         return torch.stack([part.to(loss.device, torch.float64) for part in parts])
 
 
-def carry_mark(tensors: Sequence[Tensor]) -> Tensor:
-    """A few numbers that tell one carry from another: the sum and norm of each of its tensors."""
+@dataclass(frozen=True)
+class Mark:
+    """A few numbers of a carry that the loop went on with: the sum and norm of each of its tensors.
+
+    `norms` are those of the gradients of the step before, by which the ones that are rounding alone are known.
+    """
+
+    numbers: Tensor
+    norms: Tensor
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], norms: Sequence[Tensor]) -> Mark:
+        """The mark of a carry, given its weights and optimizer state."""
+        return Mark(_numbers(tensors), _together(norms, tensors[0].device))
+
+
+def _numbers(tensors: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
         parts = [part for tensor in tensors for part in (_real(tensor).sum(), torch.linalg.vector_norm(tensor))]
-        return torch.stack([part.to(tensors[0].device, torch.float64) for part in parts])
+        return _together(parts, tensors[0].device)
 
 
-def _norms(grads: Gradients) -> Tensor:
+def _together(numbers: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([number.to(device, torch.float64) for number in numbers])
+
+
+def gradient_norms(grads: Gradients) -> list[Tensor]:
     """Of each gradient; 0 where there is none."""
-    norms = [torch.zeros(()) if grad is None else torch.linalg.vector_norm(grad.detach()) for grad in grads]
-    return torch.stack([norm.to("cpu", torch.float64) for norm in norms])
+    with torch.no_grad():
+        return [torch.zeros(()) if grad is None else torch.linalg.vector_norm(grad) for grad in grads]
 
 
-def _is_noise(norms: Tensor, grads: Gradients) -> list[bool]:
-    """Which gradients are nothing but rounding: zero in exact arithmetic, like that of a bias before a normalization.
+def _are_noise(norms: Tensor, others: Tensor, grads: Gradients) -> Tensor:
+    """Which of these gradients are nothing but rounding, in a replay and in the loop: one alone says nothing.
 
-    One run rounds it in another way than the next: torch computes some backward passes by another formula where a
-    second derivative may follow.
+    Such a gradient is zero in exact arithmetic, like that of a bias before a normalization. One run rounds it in
+    another way than the next: torch computes some backward passes by another formula where a second derivative may
+    follow.
     """
-    largest = norms.max() if len(norms) else norms.sum()
-    found = []
-    for norm, grad in zip(norms, grads, strict=True):
-        level = 0.0 if grad is None else min(256 * torch.finfo(grad.dtype).eps, 1e-2)
-        found.append(grad is not None and bool(norm <= level * largest))
+    levels = torch.tensor([0.0 if grad is None else _NOISE.get(grad.dtype.to_real(), 0.0) for grad in grads])
+    found = levels > 0
+    for side in (norms.cpu(), others.cpu()):
+        largest = side.max()
+        found &= (side <= levels * largest) & largest.isfinite()
     return found
 
 
@@ -499,15 +519,15 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def check_mark(record: StepRecord, expected: Tensor, weights: list[Tensor], state: State, grads: Gradients) -> None:
+def check_mark(record: StepRecord, mark: Mark, weights: list[Tensor], state: State, grads: Gradients) -> None:
     """Rule R10, for a whole segment: its replay must end where the user's loop went on.
 
-    A parameter whose gradient is nothing but rounding is left out: an optimizer such as Adam makes whole steps of it.
+    A parameter whose gradient is rounding alone is left out: an optimizer such as Adam makes whole steps of it.
     """
-    found = carry_mark([*weights, *state_tensors(state)])
-    noise = _is_noise(_norms(grads), grads)
+    found, expected = _numbers([*weights, *state_tensors(state)]), mark.numbers
+    noise = _are_noise(_together(gradient_norms(grads), found.device), mark.norms, grads)
     owners = [*range(len(weights)), *(record.rules.parameter(group, at) for group, at, _ in state_keys(state))]
-    compared = torch.tensor([not noise[owner] for owner in owners], device=found.device).repeat_interleave(2)
+    compared = ~noise[owners].to(found.device).repeat_interleave(2)
     scale = torch.maximum(expected, found).abs()[1::2].repeat_interleave(2)
     tolerance = max(_DRIFT.get(weight.dtype.to_real(), _COARSE_TOLERANCE) for weight in weights)
     if len(found) == len(expected):
@@ -527,6 +547,7 @@ def check_mark(record: StepRecord, expected: Tensor, weights: list[Tensor], stat
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _DRIFT = {torch.float64: 1e-10, torch.float32: 2e-5}  # over one segment, of which the rounding is the same on a CPU
 _COARSE_TOLERANCE = 3e-2  # half precision and autocast
+_NOISE = {dtype: 256 * torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}  # of the largest gradient
 
 
 class Compared(Protocol):
@@ -566,9 +587,8 @@ def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> Non
             scales += [norm * grad.numel() ** 0.5, norm]
         bad = (found - expected).abs() > tolerance * torch.stack(scales)
         bad |= found.isnan() != expected.isnan()
-        grads = [grad for _, grad in present]
-        both = [all(pair) for pair in zip(_is_noise(found[2::2], grads), _is_noise(expected[2::2], grads), strict=True)]
-        bad[1:] &= ~torch.tensor(both, device=bad.device).repeat_interleave(2)
+        noise = _are_noise(found[2::2], expected[2::2], [grad for _, grad in present])
+        bad[1:] &= ~noise.to(bad.device).repeat_interleave(2)
         if not bad.any():
             return
         worst = int(bad.nonzero()[0])

@@ -45,11 +45,12 @@ from lowmem_higher.step import (
     Carry,
     Journal,
     Layout,
+    Mark,
     StepRecord,
     Update,
-    carry_mark,
     detached_state,
     fingerprint,
+    gradient_norms,
     plain_state,
     state_keys,
     state_leaf,
@@ -135,6 +136,7 @@ class Trajectory:
         self._versions: list[int] = []
         self._plain_state: list[Any] = []
         self._node: Callable[[], Any] = _nothing  # of the last step, weakly
+        self._norms: list[Tensor] = []  # of the last step's gradients
         self._updated: set[int] = set()  # the weights that some step has changed
         self._window = 0
         self._since = 0
@@ -348,7 +350,8 @@ class Trajectory:
         # From here on nothing can fail: make the step's results the current ones.
         kept = self._carries.taken(record, carry)
         if kept and before is not None and self._verify != "off":
-            before.segment.marks[record.time] = carry_mark([*weights, *state_tensors(state)])
+            before.segment.marks[record.time] = Mark.of([*weights, *state_tensors(state)], self._norms)
+        self._norms = gradient_norms(grads if self._verify != "off" else ())
         fmodel._view.append(public, past)
         optimizer.state = with_state_leaves(new_state, leaves)
         self.program = program
@@ -612,7 +615,7 @@ class Trajectory:
         tensors = [tensor for output in self._outputs if (tensor := output()) is not None]
         unchanged = [version_of(tensor) for tensor in tensors] == self._versions
         if self._verify != "off" and unchanged and not any(map(self._recorder.exposed, tensors)):
-            record.segment.marks[record.time + 1] = carry_mark(tensors)
+            record.segment.marks[record.time + 1] = Mark.of(tensors, self._norms)
 
     def spent(self, record: StepRecord) -> None:
         """The step was pulled back for the last time: if it was the newest, the next one starts from a kept carry."""

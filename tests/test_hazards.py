@@ -2300,6 +2300,36 @@ def test_R10_gradients_are_compared_where_the_loss_is_the_same(verify: str) -> N
         _gain[0] = 1.0
 
 
+@pytest.mark.parametrize("gain", [0.0, 1e-20, 0.5])
+@pytest.mark.parametrize("which", ["every weight", "one weight"])
+@pytest.mark.parametrize("setting", [{"checkpoint_every": 1}, {"checkpoint_every": 3, "graphs": 3}], ids=str)
+def test_R10_a_gradient_that_vanishes_in_the_replay_alone_is_found(
+    setting: dict[str, Any], which: str, gain: float
+) -> None:
+    """Guards: the norms of the loop's gradients in a mark. The third use of a program has no fingerprint, its loss is
+    the same, and a replayed gradient of zero looks like one that is nothing but rounding."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    x = torch.sin(torch.arange(12.0, dtype=torch.float64)).reshape(4, 3)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def loss(fnet: Any) -> Tensor:
+        if which == "every weight":
+            return GainBackward.apply(fnet(x)).square().mean()
+        return (fnet(x) + 0 * fnet[0].weight.sum() + GainBackward.apply(fnet[2].bias)).square().mean()
+
+    _gain[0] = 1.0
+    try:
+        with higher.innerloop_ctx(net, opt, **setting) as (fnet, diffopt):
+            for _ in range(3):
+                diffopt.step(loss(fnet))
+            outer, newest = fnet(x).sum(), list(fnet.parameters(time=2))
+            _gain[0] = gain
+            with pytest.raises(higher.ReplayMismatchError, match=r"The replay (up to|of) step"):
+                torch.autograd.grad(outer, newest)
+    finally:
+        _gain[0] = 1.0
+
+
 def test_verify_off_checks_nothing_and_is_exact() -> None:
     def body(fnet: Any, diffopt: Any) -> None:
         for t in range(STEPS):
