@@ -32,7 +32,7 @@ from torch import nn
 
 from lowmem_higher.errors import MemoryBudgetError
 from lowmem_higher.report import format_bytes
-from lowmem_higher.schedule import about_runs
+from lowmem_higher.schedule import optimal_runs
 
 _SPLITS = 64  # that are tried
 
@@ -129,7 +129,7 @@ def allot(limit: int, sizes: Sizes, steps: int | None = None, held: int = 0) -> 
         batches = (steps - unrolled) * sizes.batch
         spare = min(left // 2, batches)
         found = Allotment(unrolled, 1 + (left - spare) // sizes.carry, graphs, spare)
-        runs = 0 if unrolled == steps else about_runs(steps - unrolled, found.checkpoints, graphs)
+        runs = 0 if unrolled == steps else optimal_runs(steps - unrolled, found.checkpoints, graphs)
         return spare < batches, runs, found
 
     most = min(steps, room // graph)

@@ -132,4 +132,4 @@ class Budgeted:
         grown = self._trajectory.ledger.externals_bytes - self._externals
         fewer = allotment.give_way(grown, self.sizes.carry)
         if fewer < allotment.checkpoints:
-            self._trajectory.shrink(Bounded(fewer, allotment.graphs))
+            self._trajectory.schedule(Bounded(fewer, allotment.graphs))

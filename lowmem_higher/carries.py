@@ -23,7 +23,7 @@ from typing import Any
 
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.packing import Constants, same_tensors
-from lowmem_higher.schedule import Bounded, Schedule
+from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import Carry, Mark, StepRecord, advance_carry
 from lowmem_higher.store import Store, Stored, make_store
 
@@ -102,12 +102,8 @@ class Carries:
         self._newest: weakref.ref[Segment] | None = None
         self._worked_on: weakref.ref[Segment] | None = None  # the only one that holds replayed carries
 
-    def schedule(self, schedule: Schedule) -> None:
-        """From now on, hold carries as this one says."""
-        self._schedule = schedule
-
-    def shrink(self, schedule: Bounded, newest: StepRecord) -> None:
-        """The same where this one has fewer slots than carries are held."""
+    def schedule(self, schedule: Schedule, newest: StepRecord) -> None:
+        """From now on, hold carries as this one says; those that it has no slots for go."""
         self._schedule = schedule
         for time in schedule.excess(newest.time + 1, list(newest.segment.kept)):
             self._give_up(time, newest)

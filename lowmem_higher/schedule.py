@@ -94,6 +94,9 @@ class Schedule(Protocol):
     def offered(self, time: int, held: Sequence[int]) -> tuple[bool, int | None]:
         """In the loop, before step `time`: whether its carry is kept, and which of those `held` is dropped for it."""
 
+    def excess(self, steps: int, held: Sequence[int]) -> list[int]:
+        """After `steps` steps, where the carries `held` are more than the slots: which are given up, in order."""
+
     def surplus(self, steps: int, held: Sequence[int]) -> int | None:
         """When the backward begins after `steps` steps: which of the carries `held` is given up."""
 
@@ -125,6 +128,10 @@ class Periodic:
     def offered(self, time: int, held: Sequence[int]) -> tuple[bool, int | None]:
         """Keep it at the distance; drop none."""
         return not held or time - held[-1] >= self.every, None
+
+    def excess(self, steps: int, held: Sequence[int]) -> list[int]:
+        """None."""
+        return []
 
     def surplus(self, steps: int, held: Sequence[int]) -> int | None:
         """None."""
@@ -185,7 +192,7 @@ class Bounded:
         return held[_best_merge(_gaps(held, steps), self)[1] + 1]
 
     def excess(self, steps: int, held: Sequence[int]) -> list[int]:
-        """After `steps` steps with more carries `held` than there are slots from now on: which are given up, in order.
+        """Those whose loss costs least, beyond the slots and the spare one.
 
         Example:
             >>> Bounded(2).excess(6, range(6))
@@ -232,6 +239,10 @@ class Revolve:
             return self._beyond.offered(time, held)
         return time - start in _first_sweep(self.steps, self.checkpoints, self.graphs), None
 
+    def excess(self, steps: int, held: Sequence[int]) -> list[int]:
+        """As for an unknown length."""
+        return self._beyond.excess(steps, held)
+
     def surplus(self, steps: int, held: Sequence[int]) -> int | None:
         """None, unless the loop went on for longer."""
         return self._beyond.surplus(steps, held)
@@ -272,21 +283,16 @@ def reversal_runs(steps: int, checkpoints: int) -> int:
 _NEVER = 1 << 60  # runs; without a slot no carry can be got back
 
 
-def optimal_runs(steps: int, checkpoints: int) -> int:
+def optimal_runs(steps: int, checkpoints: int, graphs: int = 1) -> int:
     """The fewest first-order runs of a whole inner loop and its backward, for a known number of steps.
+
+    With several graphs that is a bound: what `Revolve(checkpoints, steps, graphs)` takes at most, since the first steps
+    may be fewer than are built at once.
 
     Example:
         >>> optimal_runs(1000, 10) / 1000 - 1  # per step, beyond the loop
         2.637
-    """
-    return reversal_runs(steps, checkpoints) + 1
-
-
-def about_runs(steps: int, checkpoints: int, graphs: int) -> int:
-    """About as many as `first_order_runs(Revolve(checkpoints, steps, graphs), steps)`, at once; exact for one graph.
-
-    Example:
-        >>> about_runs(1000, 10, 8), first_order_runs(Revolve(10, 1000, graphs=8), 1000)
+        >>> optimal_runs(1000, 10, graphs=8), first_order_runs(Revolve(10, 1000, graphs=8), 1000)
         (2384, 2384)
     """
     units = -(-steps // graphs)

@@ -40,7 +40,7 @@ from lowmem_higher.pullback import Replay, TorchReplay, attach, inputs_of, outpu
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
-from lowmem_higher.schedule import Bounded, Schedule
+from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import (
     Carry,
     Journal,
@@ -189,12 +189,8 @@ class Trajectory:
         self.ledger.forward_seconds = time.perf_counter() - self._entered
 
     def schedule(self, schedule: Schedule) -> None:
-        """From now on, hold carries as this one says."""
-        self._carries.schedule(schedule)
-
-    def shrink(self, schedule: Bounded) -> None:
-        """The same where this one has fewer slots than carries are held."""
-        self._carries.shrink(schedule, self._newest())
+        """From now on, hold carries as this one says; those that it has no slots for go."""
+        self._carries.schedule(schedule, self._newest())
 
     def kind_of_step(self) -> Hashable:
         """What the bytes of the last step depend on, as far as a step shows it."""

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import lowmem_higher as higher
 from lowmem_higher import budget, budgeted
 from lowmem_higher.budget import Allotment, Sizes, allot
-from lowmem_higher.schedule import about_runs, optimal_runs
+from lowmem_higher.schedule import optimal_runs
 from lowmem_higher.testing import live_bytes
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -412,7 +412,7 @@ def test_what_is_allotted_fits(limit: int, found: Sizes, steps: int | None, held
         assert rest == 0
     elif found.batch == 0:
         only_carries = optimal_runs(steps, 1 + room // found.carry)
-        assert rest == 0 or about_runs(rest, allotment.checkpoints, allotment.graphs) <= only_carries
+        assert rest == 0 or optimal_runs(rest, allotment.checkpoints, allotment.graphs) <= only_carries
 
 
 @given(st.integers(0, 10**5), st.integers(1, 300), st.integers(0, 1000), st.integers(1, 1000))

@@ -18,7 +18,6 @@ from lowmem_higher.schedule import (
     Periodic,
     Revolve,
     Schedule,
-    about_runs,
     actions,
     first_order_runs,
     optimal_runs,
@@ -140,7 +139,7 @@ def most_held(schedule: Schedule, steps: int) -> int:
 def test_schedules_with_several_graphs(steps: int, checkpoints: int, graphs: int) -> None:
     """At most one carry more than slots, in place of the newest one; for known length never more runs than promised."""
     known, unknown = Revolve(checkpoints, steps, graphs), Bounded(checkpoints, graphs)
-    assert steps <= first_order_runs(known, steps) <= about_runs(steps, checkpoints, graphs)
+    assert steps <= first_order_runs(known, steps) <= optimal_runs(steps, checkpoints, graphs)
     assert first_order_runs(known, steps) <= optimal_runs(steps, checkpoints)
     assert first_order_runs(unknown, steps) >= steps
     assert max(most_held(known, steps), most_held(unknown, steps)) <= checkpoints + 1
