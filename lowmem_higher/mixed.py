@@ -41,6 +41,7 @@ from lowmem_higher.step import (
     StepRecord,
     check_fingerprint,
     check_loss_value,
+    gradient_norms,
     state_leaf,
     tolerance_of,
 )
@@ -163,7 +164,7 @@ class _Pass:
         self._check_end(grads)
         direct, vectors = self._through_update(grads, cotangents)
         self._judge_rule(grads, cotangents, vectors)
-        norms = _norms(grads)
+        norms = gradient_norms(grads)
         del grads
         if all(vector is None for vector in vectors):
             return direct
@@ -422,10 +423,6 @@ class _Pass:
     def _ambient(self) -> Iterator[None]:
         with self._record.update.ambient.restored(Ambient.capture()), second_order_here():
             yield
-
-
-def _norms(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if tensor is None else torch.linalg.vector_norm(tensor) for tensor in tensors]
 
 
 def _added(some: list[Tensor | None], others: list[Tensor | None]) -> list[Tensor | None]:

@@ -472,47 +472,46 @@ def fingerprint(loss: Tensor, grads: Gradients) -> Tensor:
 class Mark:
     """A few numbers of a carry that the loop went on with: the sum and norm of each of its tensors.
 
-    `norms` are those of the gradients of the step before, by which the ones that are rounding alone are known.
+    `noise` says which gradients of the step before were rounding alone.
     """
 
     numbers: Tensor
-    norms: Tensor
+    noise: Tensor
 
     @staticmethod
-    def of(tensors: Sequence[Tensor], norms: Sequence[Tensor]) -> Mark:
-        """The mark of a carry, given its weights and optimizer state."""
-        return Mark(_numbers(tensors), _together(norms, tensors[0].device))
+    def of(tensors: Sequence[Tensor], norms: Sequence[Tensor | None]) -> Mark:
+        """The mark of a carry, given its weights and optimizer state, and the norms of the step's gradients."""
+        return Mark(_numbers(tensors), _noise_among(norms, tensors[0].device))
 
 
 def _numbers(tensors: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
         parts = [part for tensor in tensors for part in (_real(tensor).sum(), torch.linalg.vector_norm(tensor))]
-        return _together(parts, tensors[0].device)
+        return torch.stack([part.to(tensors[0].device, torch.float64) for part in parts])
 
 
-def _together(numbers: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.stack([number.to(device, torch.float64) for number in numbers])
-
-
-def gradient_norms(grads: Gradients) -> list[Tensor]:
-    """Of each gradient; 0 where there is none."""
+def gradient_norms(grads: Gradients) -> list[Tensor | None]:
+    """Of each gradient; None where there is none."""
     with torch.no_grad():
-        return [torch.zeros(()) if grad is None else torch.linalg.vector_norm(grad) for grad in grads]
+        return [None if grad is None else torch.linalg.vector_norm(grad) for grad in grads]
 
 
-def _are_noise(norms: Tensor, others: Tensor, grads: Gradients) -> Tensor:
-    """Which of these gradients are nothing but rounding, in a replay and in the loop: one alone says nothing.
+def _noise_among(norms: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    numbers = [torch.zeros(()) if norm is None else norm for norm in norms]
+    stacked = torch.stack([number.to(device, torch.float64) for number in numbers])
+    return _are_noise(stacked, [None if norm is None else norm.dtype for norm in norms])
+
+
+def _are_noise(norms: Tensor, dtypes: Sequence[torch.dtype | None]) -> Tensor:
+    """Which gradients of these norms are nothing but rounding.
 
     Such a gradient is zero in exact arithmetic, like that of a bias before a normalization. One run rounds it in
     another way than the next: torch computes some backward passes by another formula where a second derivative may
-    follow.
+    follow. It is left out of a comparison if it was so in the loop and in the replay: one alone says nothing.
     """
-    levels = torch.tensor([0.0 if grad is None else _NOISE.get(grad.dtype.to_real(), 0.0) for grad in grads])
-    found = levels > 0
-    for side in (norms.cpu(), others.cpu()):
-        largest = side.max()
-        found &= (side <= levels * largest) & largest.isfinite()
-    return found
+    levels = torch.tensor([0.0 if dtype is None else _NOISE.get(dtype, 0.0) for dtype in dtypes]).to(norms.device)
+    largest = norms.max()
+    return (levels > 0) & (norms <= levels * largest) & largest.isfinite()
 
 
 def _real(tensor: Tensor) -> Tensor:
@@ -525,9 +524,9 @@ def check_mark(record: StepRecord, mark: Mark, weights: list[Tensor], state: Sta
     A parameter whose gradient is rounding alone is left out: an optimizer such as Adam makes whole steps of it.
     """
     found, expected = _numbers([*weights, *state_tensors(state)]), mark.numbers
-    noise = _are_noise(_together(gradient_norms(grads), found.device), mark.norms, grads)
+    noise = _noise_among(gradient_norms(grads), found.device) & mark.noise
     owners = [*range(len(weights)), *(record.rules.parameter(group, at) for group, at, _ in state_keys(state))]
-    compared = ~noise[owners].to(found.device).repeat_interleave(2)
+    compared = ~noise[owners].repeat_interleave(2)
     scale = torch.maximum(expected, found).abs()[1::2].repeat_interleave(2)
     tolerance = max(_DRIFT.get(weight.dtype.to_real(), _COARSE_TOLERANCE) for weight in weights)
     if len(found) == len(expected):
@@ -587,8 +586,9 @@ def check_fingerprint(record: StepRecord, loss: Tensor, grads: Gradients) -> Non
             scales += [norm * grad.numel() ** 0.5, norm]
         bad = (found - expected).abs() > tolerance * torch.stack(scales)
         bad |= found.isnan() != expected.isnan()
-        noise = _are_noise(found[2::2], expected[2::2], [grad for _, grad in present])
-        bad[1:] &= ~noise.to(bad.device).repeat_interleave(2)
+        dtypes = [grad.dtype.to_real() for _, grad in present]
+        noise = _are_noise(found[2::2], dtypes) & _are_noise(expected[2::2], dtypes)
+        bad[1:] &= ~noise.repeat_interleave(2)
         if not bad.any():
             return
         worst = int(bad.nonzero()[0])

@@ -136,7 +136,7 @@ class Trajectory:
         self._versions: list[int] = []
         self._plain_state: list[Any] = []
         self._node: Callable[[], Any] = _nothing  # of the last step, weakly
-        self._norms: list[Tensor] = []  # of the last step's gradients
+        self._norms: list[Tensor | None] = []  # of the last step's gradients
         self._updated: set[int] = set()  # the weights that some step has changed
         self._window = 0
         self._since = 0
@@ -617,3 +617,4 @@ class Trajectory:
         """The step was pulled back for the last time: if it was the newest, the next one starts from a kept carry."""
         if self._tail is record:
             self._tail = None
+            self._norms = []

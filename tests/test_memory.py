@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("float64", "no_collector")
 FEATURES, WIDTH, BATCH = 8, 32, 64
 WEIGHTS = FEATURES * WIDTH + WIDTH
 CARRY = 2 * 8 * WEIGHTS  # weights and momentum, float64
-MARK = 2 * 4 * 8  # sum and norm of each of a carry's four tensors: what a segment's replay must end with
+MARK = 2 * 4 * 8 + 2  # a segment's end: sum and norm of each of a carry's four tensors, a bool of each gradient
 
 
 @pytest.fixture
