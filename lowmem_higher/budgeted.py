@@ -15,7 +15,7 @@ The results of each stretch are where the next one starts, so the stretches are 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -89,6 +89,16 @@ class Budgeted:
     def outer(self, optimizer: DifferentiableOptimizer, loss: Tensor) -> Tensor:
         """The same value and gradient as `loss`, without its graph."""
         return self._trajectory.outer(optimizer, loss)
+
+    def scan(
+        self,
+        optimizer: DifferentiableOptimizer,
+        fn: Callable[..., Tensor],
+        batches: Sequence[Any],
+        args: tuple[Any, ...],
+    ) -> bool:
+        """Steps are measured one by one."""
+        return False
 
     def count_step(self) -> None:
         """A step of the full unroll was taken."""

@@ -19,7 +19,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.packing import Constants, same_tensors
@@ -76,6 +76,26 @@ class Segment:
         return None if earlier is None or not earlier.kept else earlier.kept[max(earlier.kept)]
 
 
+class Link(Protocol):
+    """A step, in the run of steps that its carry can be replayed by."""
+
+    @property
+    def time(self) -> int:
+        """Of the carry that it starts from."""
+
+    @property
+    def segment(self) -> Any:
+        """Where that carry is held, or an earlier one."""
+
+    @property
+    def previous(self) -> Link | None:
+        """The step before it in the segment."""
+
+    @property
+    def journal(self) -> object | None:
+        """What the update alone can be run again from."""
+
+
 class Carries:
     """Holds carries as a schedule says.
 
@@ -91,7 +111,7 @@ class Carries:
         schedule: Schedule,
         ledger: Ledger,
         store: str | os.PathLike[str],
-        advance: Callable[[StepRecord, Carry], Carry] = advance_carry,
+        advance: Callable[[Any, Carry], Carry] = advance_carry,
     ) -> None:
         self._next = advance
         self._schedule = schedule
@@ -102,7 +122,7 @@ class Carries:
         self._newest: weakref.ref[Segment] | None = None
         self._worked_on: weakref.ref[Segment] | None = None  # the only one that holds replayed carries
 
-    def schedule(self, schedule: Schedule, newest: StepRecord) -> None:
+    def schedule(self, schedule: Schedule, newest: Link) -> None:
         """From now on, hold carries as this one says; those that it has no slots for go."""
         self._schedule = schedule
         for time in schedule.excess(newest.time + 1, list(newest.segment.kept)):
@@ -110,7 +130,7 @@ class Carries:
 
     # While the loop runs
 
-    def segment_of(self, time: int, before: StepRecord | None, carry: Callable[[], Carry]) -> Segment:
+    def segment_of(self, time: int, before: Link | None, carry: Callable[[], Carry]) -> Segment:
         """The segment of the step about to be taken: that of the step before it, or a new one that `carry` begins."""
         if self.store is not None:
             self.store.let_go()
@@ -122,7 +142,7 @@ class Carries:
         self._newest = weakref.ref(segment)
         return segment
 
-    def taken(self, record: StepRecord, carry: Callable[[], Carry]) -> bool:
+    def taken(self, record: Link, carry: Callable[[], Carry]) -> bool:
         """A step was taken from `carry`: hold that for as long as the schedule says. Returns whether it is kept."""
         segment, time = record.segment, record.time
         if self._schedule.bounded and time not in segment.kept:
@@ -178,11 +198,11 @@ class Carries:
 
     # Going back
 
-    def before(self, record: StepRecord) -> Carry:
+    def before(self, record: Link) -> Carry:
         """The carry that a step started from, replayed from the nearest one that is held."""
         segment: Segment = record.segment
         self._work_on(segment)
-        missing: list[StepRecord] = []
+        missing: list[Link] = []
         current = record
         while current.time not in segment.kept and current.time not in segment.replayed:
             assert current.previous is not None
@@ -205,7 +225,7 @@ class Carries:
                 segment.replayed[time] = held
         return carry
 
-    def after(self, record: StepRecord) -> Carry:
+    def after(self, record: Link) -> Carry:
         """The carry that a step ended with; held until others are replayed."""
         segment: Segment = record.segment
         self._work_on(segment)
@@ -214,7 +234,7 @@ class Carries:
             segment.replayed[time] = Held(time, self._advance(record, self.before(record)), may_cool=False)
         return self._read(segment, segment.kept[time] if time in segment.kept else segment.replayed[time])
 
-    def begin_backward(self, newest: StepRecord) -> None:
+    def begin_backward(self, newest: Link) -> None:
         """The number of steps is known: give up what was held in case there came more."""
         surplus = self._schedule.surplus(newest.time + 1, list(newest.segment.kept))
         if surplus is not None:
@@ -222,18 +242,18 @@ class Carries:
         if self._schedule.graphs > 1:  # the newest step's graph is built with those before it
             newest.segment.replayed.clear()
 
-    def _give_up(self, time: int, newest: StepRecord) -> None:
+    def _give_up(self, time: int, newest: Link) -> None:
         segment: Segment = newest.segment
         held = segment.kept.pop(time)
         segment.marks.pop(time, None)
         if time == newest.time:
             segment.replayed[time] = held
 
-    def runs_back(self, newest: StepRecord, steps: int) -> int:
+    def runs_back(self, newest: Link, steps: int) -> int:
         """The first-order runs of a backward from `newest` over `steps` steps; an estimate if weights were set."""
         return self._schedule.runs_back(steps, [time for time in newest.segment.kept if time < steps])
 
-    def passed(self, record: StepRecord) -> None:
+    def passed(self, record: Link) -> None:
         """A step was pulled back: its carry is not needed for the steps before it."""
         segment: Segment = record.segment
         for time in (record.time, record.time + 1):
@@ -280,7 +300,7 @@ class Carries:
                 self.store.prefetch(following.stored)
         return carry
 
-    def _advance(self, record: StepRecord, carry: Carry) -> Carry:
+    def _advance(self, record: Link, carry: Carry) -> Carry:
         if record.journal is None:
             self._ledger.count_first_order()
         else:

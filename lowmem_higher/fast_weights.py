@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowmem_higher.errors import RecordError
+from lowmem_higher.errors import HistoryFreedError, RecordError
 from lowmem_higher.truncation import LastSteps
 
 own_tables = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
@@ -34,6 +34,19 @@ class Past(Protocol):
 
     def weights(self) -> dict[int, Tensor]:
         """Those weights by index, connected to the graph."""
+
+
+class _InsideScan:
+    """In the place of weights between two steps of a scan."""
+
+    updated: tuple[int, ...] = ()
+
+    def weights(self) -> dict[int, Tensor]:
+        """None of them."""
+        return {}
+
+
+_INSIDE = _InsideScan()
 
 
 class ModuleCaller(Protocol):
@@ -80,8 +93,11 @@ class FunctionalView:
         if weights is not None:
             self.append(weights)
 
-    def append(self, weights: Sequence[Tensor], entry: Past | None = None) -> None:
-        """Make `weights` the current ones, one time later; `entry` stands for them in the history if given."""
+    def append(self, weights: Sequence[Tensor], entry: Past | None = None, inside: int = 0) -> None:
+        """Make `weights` the current ones, one time later; `entry` stands for them in the history if given.
+
+        With `inside`, so many times lie between, whose weights cannot be had.
+        """
         if len(weights) != len(self.slots):
             raise ValueError(f"The model has {len(self.slots)} parameters, and {len(weights)} new ones were given.")
         for name, new, old in zip(self.slots.names, weights, self.current, strict=False):
@@ -91,6 +107,7 @@ class FunctionalView:
         self.slots.install(self.current)
         if not self.track:
             self.history.clear()
+        self.history += [_INSIDE] * inside
         self.history.append(self.current if entry is None else entry)
 
     def need_weights(self) -> None:
@@ -135,6 +152,11 @@ class FunctionalView:
             )
         if time % times == times - 1:
             return self.current
+        if self.history[time] is _INSIDE:
+            raise HistoryFreedError(
+                f"The weights of time={time} lie inside a scan, which leaves those after its last step. Where you need "
+                "the weights in between, take single steps: diffopt.step(fn, batch)."
+            )
         found: dict[int, Tensor] = {}
         for entry in reversed(self.history[: time % times + 1]):
             if isinstance(entry, list):

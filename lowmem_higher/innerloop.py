@@ -25,6 +25,7 @@ from lowmem_higher.progress import Progress
 from lowmem_higher.recompute import follow_view
 from lowmem_higher.record import recorder
 from lowmem_higher.report import Report
+from lowmem_higher.scan import Known
 from lowmem_higher.second_order import second_order
 from lowmem_higher.settings import Settings
 from lowmem_higher.slip import warn_of_slip
@@ -315,6 +316,7 @@ class _Wiring:
             progress,
             settings.microbatches if settings.pullback == "mixed" else None,
             _replays(self._model, settings),
+            Known.by(self._model) if settings.compile else None,
         )
         if settings.memory_budget is None:
             optimizer.follow(trajectory, trajectory)

@@ -61,6 +61,12 @@ class Carries(Protocol):
         """The step was pulled back for the last time."""
 
 
+class Recorded(Protocol):
+    """What a node holds: the record of a step, or a scan."""
+
+    layout: Layout
+
+
 class StepNode(torch.autograd.Function):
     """The place of one step in the user's graph."""
 
@@ -128,7 +134,7 @@ def freed_error() -> HistoryFreedError:
 
 
 def attach(
-    carries: Carries, record: StepRecord, outputs: list[Tensor], inputs: list[Tensor]
+    carries: Carries, record: Recorded, outputs: list[Tensor], inputs: list[Tensor]
 ) -> tuple[tuple[Tensor, ...], PastWeights]:
     """Put a step into the graph; returns its outputs with their place in the graph, and the weights of its time."""
     counter = itertools.count()
@@ -138,11 +144,13 @@ def attach(
     return attached, PastWeights(weakref.ref(attached[0].grad_fn), record.layout.weights_out)
 
 
-def _weight_after(carries: Carries, held: weakref.ref[StepRecord], position: int) -> Tensor:
+def _weight_after(carries: Carries, held: weakref.ref[Any], position: int) -> Tensor:
     record = held()
     if record is None:
         raise freed_error()
-    return carries.weights_after(record)[record.layout.weights_out[position]].detach()
+    weights: list[Tensor] = carries.weights_after(record)
+    index: int = record.layout.weights_out[position]
+    return weights[index].detach()
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,8 @@ Moreover a trace is compared with the replay itself, all outputs, at its first u
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -37,6 +35,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowmem_higher.alike import (
+    PLAIN,
+    agree,
+    form_of,
+    same_attributes,
+    same_number,
+    standing_for,
+    state_positions,
+    traceable,
+)
 from lowmem_higher.custom_rules import is_custom
 from lowmem_higher.errors import ReplayMismatchError
 from lowmem_higher.flat import FlatGraph, NotTraceableError, traced
@@ -72,8 +80,6 @@ _SHAPES = 8  # traces of one program, at most
 _RARE = 20  # shapes of fewer than one use in so many are not worth a trace: a loop's last step
 _KINDS = 64  # of steps that are told apart at a time
 _TRIES = 3  # times that a trace is made again for other numbers
-_SAME = {torch.float64: (1e-9, 1e-4), torch.float32: (1e-4, 1e-2)}  # relative to an output, and to the largest one
-_SAME_COARSE = (3e-2, 1e-1)
 Result = TypeVar("Result")
 
 
@@ -90,7 +96,7 @@ class Replays:
         self._shared = _shared_by(model)
         self._found: dict[tuple[int, ...], tuple[Steps, Parts | None, Callable[[], Any]]] = {}
         self._unverified: dict[Trace, int] = {}  # uses in this context since the trace was compared
-        self._compiler = compiler
+        self.compiler = compiler
         self._after = after
         self.on_traced: Callable[[float], None] = _ignore  # told the seconds spent tracing and compiling
 
@@ -105,7 +111,7 @@ class Replays:
             use.advanced,
             lambda: advance_carry(record, carry),
             lambda one, other: (
-                state_keys(one.state) == state_keys(other.state) and _agree(one.tensors(), other.tensors())
+                state_keys(one.state) == state_keys(other.state) and agree(one.tensors(), other.tensors())
             ),
         )
 
@@ -124,7 +130,7 @@ class Replays:
             return graph.pull_back(cotangents, wanted)
 
         use = self._use("pull back", record, carry, cotangents, wanted)
-        return replayed() if use is None else self._checked(use, use.pulled_back, replayed, _agree)
+        return replayed() if use is None else self._checked(use, use.pulled_back, replayed, agree)
 
     def _checked(
         self,
@@ -187,20 +193,20 @@ class Replays:
         steps.uses += 1
         if parts is None or steps.reason is not None or steps.uses <= self._after:
             return None
-        use = Use(kind, record, parts, carry, cotangents, wanted, self._compiler is not None)
+        use = Use(kind, record, parts, carry, cotangents, wanted, self.compiler is not None)
         entry = steps.entry(use.signature)
         if entry is None or entry.off or use.empty:
             return None
         try:
             use.check(entry.trace is None)
             started = time.perf_counter()
-            made = entry.prepare(use, self._compiler, steps.uses // _RARE)
+            made = entry.prepare(use, self.compiler, steps.uses // _RARE)
             if made:
                 self.on_traced(time.perf_counter() - started)
         except NotTraceableError as reason:
             entry.off = True
-            if self._compiler is not None:
-                self._compiler.give_up(f"{reason}")
+            if self.compiler is not None:
+                self.compiler.give_up(f"{reason}")
             return None
         if entry.trace is None or entry.trace.slow:
             entry.off = entry.trace is not None
@@ -220,8 +226,8 @@ class Replays:
                 steps = Steps(reason=reason)
             else:
                 steps = self._shared.setdefault(_key(kind, record), Steps())
-            if reason is not None and self._compiler is not None:
-                self._compiler.give_up(reason)
+            if reason is not None and self.compiler is not None:
+                self.compiler.give_up(reason)
             if len(self._found) == _KINDS:
                 self._found.clear()
             # The trajectory holds programs, layouts and updates; a callback may hold tensors of the user's.
@@ -315,7 +321,7 @@ class Entry:
             if not self._first:
                 self._first = use.numbers
             self._differ.update(
-                at for at, pair in enumerate(zip(self._first, use.numbers, strict=True)) if not _same_number(*pair)
+                at for at, pair in enumerate(zip(self._first, use.numbers, strict=True)) if not same_number(*pair)
             )
             if self.trace is None and self._uses < max(OF_ONE_SHAPE, at_least):
                 return False
@@ -370,11 +376,11 @@ class Trace:
             return False
         states = use.states()
         if not all(one is other for one, other in zip(states, self._states, strict=True)):
-            if not all(map(_same_attributes, states, self._states)):
+            if not all(map(same_attributes, states, self._states)):
                 return False
             self._states = states
         numbers = use.numbers
-        if not all(map(_same_number, [numbers[at] for at in self._kept], self._baked)):
+        if not all(map(same_number, [numbers[at] for at in self._kept], self._baked)):
             return False
         return all(numbers[at] == numbers[group[0]] for group in self.lifted for at in group)
 
@@ -452,7 +458,7 @@ class Use:
         self.numbers = [*(record.numbers[at] for at in parts.numbers), *(value for _, _, value in self._plain)]
         self._tensors = [*carry.tensors(), *self._externals]
         if carry.form is None:
-            carry.form = tuple(map(_form_of, carry.tensors()))
+            carry.form = tuple(map(form_of, carry.tensors()))
         self.signature = (
             compiled,
             len(carry.weights),
@@ -463,7 +469,7 @@ class Use:
             tuple(self._trainable),
             tuple(wanted),
             carry.form,
-            tuple([_form_of(tensor) for tensor in (*self._externals, *self._given)]),
+            tuple([form_of(tensor) for tensor in (*self._externals, *self._given)]),
         )
 
     def check(self, first: bool) -> None:
@@ -471,9 +477,9 @@ class Use:
         record = self.record
         if record.callback_rng is not None or any(record.rng[position] is not None for position in self._parts.body_at):
             raise NotTraceableError("it draws random numbers")
-        if first and not all(isinstance(number, _PLAIN) for number in self.numbers):
+        if first and not all(isinstance(number, PLAIN) for number in self.numbers):
             raise NotTraceableError("an argument of a call is an object of a class of its own")
-        if first and not all(map(_traceable, (*self._tensors, *self._given))):
+        if first and not all(map(traceable, (*self._tensors, *self._given))):
             raise NotTraceableError("it reads tensors that are complex, sparse, or of a class of their own")
 
     def states(self) -> list[list[dict[str, Any]] | None]:
@@ -483,7 +489,7 @@ class Use:
 
     def targets(self) -> list[Any]:
         """What stands for the functions that the body calls."""
-        return [_standing_for(target) for target in self.record.targets.values()]
+        return [standing_for(target) for target in self.record.targets.values()]
 
     def dtype_of(self, at: int) -> torch.dtype:
         """What a number is as a tensor: precise for the update rule; one that leaves the loss's type as it is."""
@@ -508,7 +514,7 @@ class Use:
         trainable = self._trainable
         counts = [len(tensors), len(trainable), len(trace.lifted), len(self._given)]
         record, parts, form = self.record, self._parts, trace.form
-        positions = _state_positions(self._carry.state)
+        positions = state_positions(self._carry.state)
         body = self._advance if self.kind == "advance" else self._pull_back
 
         def function(*flat: Tensor) -> list[Any]:
@@ -575,9 +581,7 @@ class Use:
         """Append the optimizer state to the outputs, and note where each part of it is."""
         before = {
             (place, index, name): type(value)
-            for (place, index, name), (_, _, value) in zip(
-                _state_positions(self._carry.state), self._plain, strict=True
-            )
+            for (place, index, name), (_, _, value) in zip(state_positions(self._carry.state), self._plain, strict=True)
         }
         form.state = []
         for place, entries in enumerate(state):
@@ -608,7 +612,7 @@ class Use:
         kept = iter(outputs[len(outputs) - sum(form.buffers) :])
         carry = Carry(weights, state, tuple([next(kept) if there else None for there in form.buffers]))
         if form.carry is None:
-            form.carry = tuple(map(_form_of, carry.tensors()))
+            form.carry = tuple(map(form_of, carry.tensors()))
         carry.form = form.carry
         return carry
 
@@ -668,17 +672,6 @@ def _put(value: Any, outputs: list[Any]) -> Any:
     return found if value.number is None else value.number(found.item())
 
 
-def _state_positions(state: State) -> list[tuple[int, int, str]]:
-    """Where the optimizer state holds what is no tensor, in the order of `plain_state`."""
-    return [
-        (place, index, name)
-        for place, entries in enumerate(state)
-        for index, entry in entries.items()
-        for name, value in entry.items()
-        if not isinstance(value, Tensor)
-    ]
-
-
 def _reason(record: StepRecord) -> str | None:
     """Why steps like this one are never traced."""
     if is_custom(record.rules):
@@ -731,74 +724,3 @@ def _shared_by(model: nn.Module) -> dict[Any, Steps]:
         _families[id(model)] = {}
         weakref.finalize(model, _families.pop, id(model), None).atexit = False
     return _families[id(model)]
-
-
-def _form_of(tensor: Tensor) -> Any:
-    """What a trace depends on besides a tensor's values."""
-    if tensor.layout is not torch.strided:
-        return None
-    return _keys(tensor).raw_repr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
-
-
-def _traceable(tensor: Tensor) -> bool:
-    """Whether a tensor is of a kind that can be traced."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout is torch.strided
-        and not (tensor.is_complex() or tensor.is_neg() or tensor.is_quantized or tensor.is_inference())
-        and not tensor._is_zerotensor()
-    )
-
-
-_keys = torch._C._dispatch_keys  # say of a tensor whether it is sparse, a subclass, a lazy negative, and so on
-_PLAIN = (int, float, bool, str, type(None))
-
-
-def _same_number(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    return type(one) is type(other) and isinstance(one, _PLAIN) and bool(one == other)
-
-
-def _same_attributes(one: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return len(one) == len(other) and all(
-        a.keys() == b.keys() and all(_same_number(a[key], b[key]) for key in a) for a, b in zip(one, other, strict=True)
-    )
-
-
-def _standing_for(target: Any) -> Any:
-    """Equal for functions that do the same: those of one definition, without a closure."""
-    if isinstance(target, types.FunctionType) and target.__closure__ is None:
-        defaults = (*(target.__defaults__ or ()), *(target.__kwdefaults__ or {}).values())
-        if all(isinstance(value, _PLAIN) for value in defaults):
-            return target.__code__, id(target.__globals__), tuple([(type(value), value) for value in defaults])
-    try:
-        return weakref.ref(target)
-    except TypeError:
-        return object()
-
-
-def _agree(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> bool:
-    """Whether two results differ by rounding only."""
-    if [tensor is None for tensor in expected] != [tensor is None for tensor in found]:
-        return False
-    pairs = [(one, other) for one, other in zip(expected, found, strict=True) if one is not None and other is not None]
-    if any(one.shape != other.shape or one.dtype != other.dtype or one.device != other.device for one, other in pairs):
-        return False
-    with torch.no_grad():
-        norms = [_norm(one) for one, _ in pairs]
-        largest = max((norm for norm in norms if math.isfinite(norm)), default=0.0)
-        for (one, other), norm in zip(pairs, norms, strict=True):
-            own, of_largest = _SAME.get(one.dtype, _SAME_COARSE)
-            if not math.isfinite(norm):
-                if not torch.allclose(one, other, own, equal_nan=True):
-                    return False
-            elif not _norm(one - other) <= own * (norm + of_largest * largest):
-                return False
-    return True
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor if tensor.is_floating_point() else tensor.double()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -17,7 +18,9 @@ from torch import Tensor
 from lowmem_higher.budget import Sizes
 from lowmem_higher.carries import Carries
 from lowmem_higher.custom_rules import advance_first, is_custom
-from lowmem_higher.errors import ExternalModifiedError, RecordError
+from lowmem_higher.errors import CompileFallbackWarning, ExternalModifiedError, RecordError
+from lowmem_higher.fast_weights import copied
+from lowmem_higher.flat import NotTraceableError
 from lowmem_higher.holdings import Hint, Holdings
 from lowmem_higher.journals import Journals
 from lowmem_higher.ledger import Ledger
@@ -38,8 +41,9 @@ from lowmem_higher.program import Externals, Ref, StepProgram, check_ancestors, 
 from lowmem_higher.progress import Progress
 from lowmem_higher.pullback import Replay, TorchReplay, attach, inputs_of, outputs_of, second_order_graph
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
-from lowmem_higher.replay_state import Ambient, RngState, capture_rng, same_rng
+from lowmem_higher.replay_state import Ambient, ModuleState, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
+from lowmem_higher.scan import Function, Known, Scan, Scanned, ScanStep
 from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import (
     Carry,
@@ -85,6 +89,7 @@ class Trajectory:
         progress: Is told how far the run is.
         mixed: None for reverse over reverse mode; else mixed mode, with each batch in so many parts.
         replays: Runs replays and pullbacks, traced where it can.
+        traces: Of scans of this model; None: a scan is a loop.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class Trajectory:
         progress: Progress,
         mixed: int | None,
         replays: Replays,
+        traces: Known | None,
     ) -> None:
         self.ledger = Ledger()
         self.program: StepProgram | None = None
@@ -112,7 +118,8 @@ class Trajectory:
         self._rules = optimizer.rules_only()
         self._live = live
         self._recorder = recorder
-        self._carries = Carries(schedule, self.ledger, store, replays.advance)
+        self._replays, self._traces = replays, traces
+        self._carries = Carries(schedule, self.ledger, store, self._advance)
         self._holdings = Holdings(self._carries.store, self.ledger, hint)
         self._journals = Journals(self._carries.store, self._carries.constants, self.ledger) if journal else None
         once, twice = self.ledger.count_first_order, self.ledger.count_second_order
@@ -365,6 +372,77 @@ class Trajectory:
         self.ledger.sample("forward", record.time)
         self._progress.step(self.ledger.steps)
 
+    # Many steps at once
+
+    def scan(
+        self,
+        optimizer: DifferentiableOptimizer,
+        fn: Callable[..., Tensor],
+        batches: Sequence[Any],
+        args: tuple[Any, ...],
+    ) -> bool:
+        """Take as many steps as there are batches, by traces; False, and nothing is changed, where that can't be."""
+        fmodel: FunctionalModule = optimizer._fmodel
+        fmodel._view.take_assigned()
+        weights, state = list(fmodel._view.current), optimizer.state
+        self._check_weights(weights, state)
+        buffers = self._live.current_buffers(fmodel)
+        carry = self._carry([weight.contiguous() for weight in weights], state, buffers)
+        trainable = tuple([weight.requires_grad for weight in weights])
+        modules = ModuleState.capture(list(fmodel.modules()))
+        with self._unrecorded():
+            try:
+                if self._traces is None:
+                    raise NotTraceableError("compile=False")
+                if self.last.count is not None or self._journals is not None:
+                    raise NotTraceableError("truncate and journal are for single steps")
+                if optimizer._grad_callback is not None or is_custom(optimizer):
+                    raise NotTraceableError("it has a grad_callback or an update rule that is not this package's")
+                function = Function(fn, args, optimizer.param_groups, self._rules, self._live.twin, modules, trainable)
+                scan = Scan(function, batches, self._verify, self._traces, self._replays.compiler)
+                last, carry = scan.steps(carry, self.ledger.steps, self._carries, self.ledger, self._progress)
+            except NotTraceableError as reason:
+                if self._traces is not None:
+                    warnings.warn(
+                        f"A scan is run as a loop of steps, since {reason}. The gradient is the same.",
+                        CompileFallbackWarning,
+                        stacklevel=4,
+                    )
+                return False
+            layout = scan.layout(weights, state, carry)
+            record = Scanned(layout, last)
+            self.ledger.hold([*function.constant])
+            outputs = [tensor.detach() for tensor in outputs_of(layout, carry.weights, carry.state)]
+            attached, past = attach(self, record, outputs, inputs_of(layout, weights, state, function.constant))
+        for index, output in zip(layout.weights_out, attached, strict=False):
+            weights[index] = output
+        fmodel._view.append(weights, past, inside=len(batches) - 1)
+        optimizer.state = with_state_leaves(
+            carry.state, dict(zip(layout.state_out, attached[len(layout.weights_out) :], strict=True))
+        )
+        fmodel._view.slots.install_buffers(copied(carry.buffers))
+        self._window_buffers = self._live.current_buffers(fmodel)
+        self._tail = None
+        self._outputs, self._versions, self._plain_state, self._norms = [], [], [], []
+        self._updated.update(layout.weights_out)
+        return True
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """What runs inside the block is no part of a step."""
+        if self._open:
+            self._recorder.pause(self)
+        try:
+            with self._recorder.watching(None):
+                yield
+        finally:
+            if self._open:
+                self._recorder.resume()
+                self._start_window()
+
+    def _advance(self, record: StepRecord | ScanStep, carry: Carry) -> Carry:
+        return record.advance(carry) if isinstance(record, ScanStep) else self._replays.advance(record, carry)
+
     # Terms of the outer loss
 
     def outer(self, optimizer: DifferentiableOptimizer, loss: Tensor) -> Tensor:
@@ -558,10 +636,10 @@ class Trajectory:
         """The carry that a step started from."""
         return self._carries.before(record)
 
-    def weights_after(self, record: StepRecord) -> list[Tensor]:
-        """The fast weights that a step ended with."""
+    def weights_after(self, record: StepRecord | Scanned) -> list[Tensor]:
+        """The fast weights that a step, or a scan, ended with."""
         with self._recorder.watching(None):
-            return self._carries.after(record).weights
+            return self._carries.after(record.last if isinstance(record, Scanned) else record).weights
 
     def built_with(self, last: StepRecord) -> list[StepRecord]:
         """The steps whose graphs are built together with that of `last` by a native replay."""
@@ -574,7 +652,7 @@ class Trajectory:
     # Going back
 
     def pull_back(
-        self, record: StepRecord, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
+        self, record: StepRecord | Scanned, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """The gradients of those of a step's inputs that are wanted, from the cotangents of its outputs."""
         started = time.perf_counter()
@@ -585,6 +663,8 @@ class Trajectory:
             torch.autograd.Variable._execution_engine.queue_callback(self._progress.close)
         try:
             with self._recorder.watching(None), torch.enable_grad():
+                if isinstance(record, Scanned):
+                    return record.pull_back(cotangents, self._carries, self.ledger, self._count_pullback)
                 graph = self._replay.graph(record, self)
             self.ledger.sample("backward", record.time)
             with self._recorder.watching(None):
@@ -596,14 +676,15 @@ class Trajectory:
         self.ledger.backward_seconds += time.perf_counter() - started
         return grads
 
-    def _runs_ahead(self, record: StepRecord) -> int:
+    def _runs_ahead(self, record: StepRecord | Scanned) -> int:
         """About how many runs a backward from this step takes: recomputed and differentiated steps."""
         steps = reached = record.time + 1
         if self.last.count is not None:
             reached = min(steps, self.last.count)
         if isinstance(self._replay, TorchReplay):
             return reached * TorchReplay.RUNS
-        recomputed = self._carries.runs_back(record, steps)
+        newest = record.last if isinstance(record, Scanned) else record
+        recomputed = self._carries.runs_back(newest, steps)
         return reached + (recomputed if reached == steps else min(recomputed, reached))
 
     def _mark_end(self, record: StepRecord) -> None:

@@ -19,7 +19,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,15 @@ class Executor(Protocol):
 
     def outer(self, optimizer: DifferentiableOptimizer, loss: Tensor) -> Tensor:
         """The same value and gradient as `loss`, without its graph."""
+
+    def scan(
+        self,
+        optimizer: DifferentiableOptimizer,
+        fn: Callable[..., Tensor],
+        batches: Sequence[Any],
+        args: tuple[Any, ...],
+    ) -> bool:
+        """Take as many steps as there are batches, by traces; False, and nothing is changed, where that can't be."""
 
 
 class Run(Protocol):
@@ -380,6 +389,61 @@ class DifferentiableOptimizer:
             self.param_groups = groups
         return list(new_weights or () if self._fmodel is None else self._fmodel._view.current)
 
+    def scan(self, fn: Callable[..., Tensor], batches: Iterable[Any], *args: Any) -> list[Tensor]:
+        """Take a step of `fn(fmodel, batch, *args)` for each batch: `step(fn, batch, *args)` many times.
+
+        With `checkpoint_every` (or `checkpoints`) and `compile`, the whole scan is one node of the graph, and its steps
+        run as flat or compiled code, the loop's included. That takes small nets a small part of the time. `fn` must be
+        a function of its arguments then, as for any compiler: it reads tensors through them and the functional model,
+        and the first use of each trace, the 16th, the 256th ... is compared with `fn` itself.
+
+        Args:
+            fn: The inner loss, a scalar tensor.
+            batches: A sequence (a list, a dataset: something with a length and `[t]`), which is indexed again at
+                replays, so that no batch is held; any other iterable is made a list. Numbers in a batch are baked into
+                the code: give an index as a tensor.
+            args: The same at all steps: a learned weight, data that batches index. Tensors get gradients.
+
+        Returns:
+            All current fast weights, as `step` does.
+
+        Raises:
+            ExternalModifiedError: In the backward: a tensor of a batch or of `args` was modified in place.
+            ReplayMismatchError: A batch is another one when it is read again, or `fn` reads something in Python that
+                changes.
+
+        Warns:
+            CompileFallbackWarning: The steps cannot be traced (random draws, branches on values, `truncate`, `journal`,
+                a `grad_callback`, ...): they are taken one by one.
+
+        Memory:
+            That of single steps; no batch is held. Past weights inside the scan cannot be asked for. Cost in passes:
+            that of single steps, and a few for comparisons.
+
+        Example:
+            >>> import torch, lowmem_higher as higher
+            >>> net = torch.nn.Linear(4, 1)
+            >>> opt = torch.optim.SGD(net.parameters(), lr=0.1)
+            >>> x, weight = torch.randn(20, 4), torch.ones(20, requires_grad=True)
+            >>> def inner_loss(fnet, index, x, weight):
+            ...     return (weight[index] * fnet(x[index]).square().mean(1)).mean()
+            >>> batches = torch.randint(20, (100, 5))
+            >>> with higher.innerloop_ctx(net, opt, checkpoint_every=10, compile="trace") as (fnet, diffopt):
+            ...     _ = diffopt.scan(inner_loss, batches, x, weight)
+            ...     fnet(x).square().mean().backward()
+            >>> weight.grad.shape, diffopt.report.steps
+            (torch.Size([20]), 100)
+        """
+        given = _indexed(batches)
+
+        def inner_loss(fmodel: Any, index: int, *args: Any) -> Tensor:
+            return fn(fmodel, given[index], *args)
+
+        if len(given) > 0 and (self._executor is None or not self._executor.scan(self, fn, given, args)):
+            for index in range(len(given)):
+                self.step(inner_loss, index, *args)
+        return [] if self._fmodel is None else list(self._fmodel._view.current)
+
     def outer(self, loss: Tensor) -> Tensor:
         """A term of the outer loss, taken on the way: the same value and gradient, and no graph is held for it.
 
@@ -589,6 +653,12 @@ def _reached(
         for entries, old in zip(new_state, state, strict=True)
     ]
     return reached_params, reached_state
+
+
+def _indexed(batches: Iterable[Any]) -> Sequence[Any]:
+    """Batches that can be read again."""
+    readable = hasattr(batches, "__len__") and hasattr(batches, "__getitem__")
+    return cast("Sequence[Any]", batches) if readable else list(batches)
 
 
 def called_back(callback: GradCallback, grads: Gradients) -> list[Tensor | None]:
