@@ -256,6 +256,7 @@ class Setting:
     name: str
     keywords: Callable[[int], dict[str, Any]]  # of the number of steps
     library: str = "lowmem_higher"
+    scan: bool = False  # hand all steps to `diffopt.scan` at once
 
 
 SETTINGS = (
@@ -311,6 +312,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def inner_loss_of(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, tuple[Tensor, Tensor]], Tensor]:
+    """The same loss as a function of the model and a batch."""
+
+    def inner_loss(fmodel: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss(fmodel(batch[0]), batch[1])
+
+    return inner_loss
+
+
 def run(rival: Rival | Setting, problem: Problem, steps: int, inner_optimizer: str = "sgd") -> Run:
     """Train for `steps` inner steps and differentiate the outer loss: the one loop of all rivals.
 
@@ -333,9 +343,12 @@ def run(rival: Rival | Setting, problem: Problem, steps: int, inner_optimizer: s
     with library.innerloop_ctx(
         problem.model, optimizer, copy_initial_weights=False, override={"lr": [learning_rate]}, **rival.keywords(steps)
     ) as (fmodel, diffopt):
-        for step in range(steps):
-            inputs, targets = problem.batches[step % NUMBER_OF_BATCHES]
-            diffopt.step(problem.loss(fmodel(inputs), targets))
+        batches = [problem.batches[step % NUMBER_OF_BATCHES] for step in range(steps)]
+        if isinstance(rival, Setting) and rival.scan:
+            diffopt.scan(inner_loss_of(problem.loss), batches)
+        else:
+            for inputs, targets in batches:
+                diffopt.step(problem.loss(fmodel(inputs), targets))
         outer_loss = problem.loss(fmodel(problem.held_out[0]), problem.held_out[1])
         forward_end = time.perf_counter()
         gradients = torch.autograd.grad(outer_loss, [*problem.model.parameters(), learning_rate])

@@ -47,8 +47,12 @@ LONGEST = {"conv4": 200, "gpt": 200}  # of the default run: longer ones take hou
 MIXED = Setting("N=10, mixed", lambda steps: {"checkpoint_every": 10, "pullback": "mixed"})
 COMPILED = Setting("N=10, compiled", lambda steps: {"checkpoint_every": 10, "compile": True})
 TRACED = Setting("N=10, traced", lambda steps: {"checkpoint_every": 10, "compile": "trace"})
+SCAN_TRACED = Setting("N=10, scan traced", lambda steps: {"checkpoint_every": 10, "compile": "trace"}, scan=True)
+SCAN_COMPILED = Setting("N=10, scan compiled", lambda steps: {"checkpoint_every": 10, "compile": True}, scan=True)
 SLOTS = Setting("s=30", lambda steps: {"checkpoints": 30})
-OURS: tuple[Rival | Setting, ...] = (AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, SLOTS, MIXED, TRACED, COMPILED)
+OURS: tuple[Rival | Setting, ...] = (
+    AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, SLOTS, MIXED, TRACED, COMPILED, SCAN_TRACED, SCAN_COMPILED,
+)  # fmt: skip
 
 
 @dataclass

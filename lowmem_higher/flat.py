@@ -70,7 +70,8 @@ def traced(function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]) -> 
     level = _logger.level
     _logger.setLevel(logging.CRITICAL)  # a refusal is no error
     try:
-        module = make_fx(function, tracing_mode="fake")(*inputs)
+        # A tensor that is given twice (Adam's second moment and its maximum, after one step) is two inputs.
+        module = make_fx(function, tracing_mode="fake")(*[tensor.detach() for tensor in inputs])
     except Exception as error:
         # Whatever the code of a model raises when its tensors have no values.
         raise NotTraceableError(

@@ -3,15 +3,16 @@
 NOTE [ What a scan may take for granted ]
 
 Between the steps of a scan none of the user's code runs but the function, and that reads tensors through its arguments
-and the functional model alone. So nothing has to be recorded, and a step is a function of tensors: the carry, the batch,
-and what is the same at all steps (arguments, hyperparameters). It is traced with the inner gradient and the update rule
+and the functional model alone. So nothing has to be recorded, and a step is a function of tensors: the carry, the
+batch, and what is the same at all steps (arguments, hyperparameters). It is traced with inner gradient and update rule
 inside, once for each shape of these tensors (`flat.py`), and again with its pullback. The loop, replays and pullbacks
 run those traces, so a replay has the bits of the loop.
 
 A tensor that the function reads from elsewhere cannot be traced, nor can a random draw or a branch on a value. Then the
 scan is a loop of recorded steps, and a warning says why. What the function reads in Python besides (a global, an
-attribute of an object) is baked in; so traces are compared with the function itself at their 1st, 16th, 256th, ... use
-in each scan, in the loop and in the backward. The losses of all replays are compared with the loop's (rule R10).
+attribute of an object) is baked in; so traces are compared with the function itself, in the loop and in the backward,
+at their 1st, 2nd, 4th, 8th, ... use of all, and the 1st, 16th, 256th, ... in each scan. The losses of all replays are
+compared with the loop's (rule R10).
 
 A scan leaves one node in the user's graph, and its carries are a segment of their own. Which are held, where, and how
 the others are replayed is decided by the same `Carries` as for recorded steps.
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_higher.alike import PLAIN, agree, form_of, nudged, same_attributes, standing_for, state_positions, traceable
+from lowmem_higher.alike import PLAIN, agree, form_of, same_attributes, standing_for, state_positions, traceable
 from lowmem_higher.carries import Carries
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.flat import FlatGraph, NotTraceableError, traced
@@ -45,7 +46,7 @@ from lowmem_higher.step import Carry, Layout, StateKey, StepRun, state_keys, sta
 from lowmem_higher.structure import Structure, flatten, unflatten
 from lowmem_higher.traced import Compiler
 
-COMPILE_AFTER = 2  # uses of a trace before it is compiled: the first step, whose optimizer state is empty, comes once
+COMPILE_AFTER = 2  # uses of a trace in one scan
 _SHAPES = 8  # traces of one function, at most
 _EVERY = 16
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -67,8 +68,7 @@ class Inputs:
 
     def nudged(self) -> Inputs:
         """The same but for the last bits of the weights."""
-        carry = Carry(nudged(self.carry.weights), self.carry.state, self.carry.buffers)
-        return Inputs(carry, self.batch, self.leaves, self.constant)
+        return Inputs(self.carry.nudged(), self.batch, self.leaves, self.constant)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -242,7 +242,7 @@ class Trace:
 
     def __init__(self, function: Function, inputs: Inputs) -> None:
         inputs.check()
-        self.uses = 0
+        self.uses: dict[Graph, int] = {}
         self._lifted: dict[StateKey, type] = {}  # numbers of the optimizer state, which are inputs
         equal: dict[Any, list[StateKey]] = {}
         for place, index, name in state_positions(inputs.carry.state):
@@ -345,13 +345,10 @@ class Trace:
         return outputs[0], carry
 
     def advance_graph(self, inputs: Inputs, compiler: Compiler | None) -> Graph:
-        """What computes the next carry: compiled from the third use on, if at all."""
-        self.uses += 1
-        if compiler is None or self.uses <= COMPILE_AFTER:
-            return self._advance
-        if self._compiled_advance is None:
+        """What computes the next carry: compiled by `compiler` if there is one, or was."""
+        if self._compiled_advance is None and compiler is not None:
             self._compiled_advance = compiler.compiled(self._advance, self.flat(inputs))
-        return self._compiled_advance
+        return self._compiled_advance or self._advance
 
     # The pullback
 
@@ -364,12 +361,10 @@ class Trace:
             self._like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
             cotangents = self.cotangents(inputs, Adjoint({}, {}, []))
             self._pull_back = self._traced(function, inputs, self._pulled_back, cotangents)
-        if compiler is None or self.uses <= COMPILE_AFTER:
-            return self._pull_back
-        if self._compiled_pull_back is None:
+        if self._compiled_pull_back is None and compiler is not None:
             cotangents = self.cotangents(inputs, Adjoint({}, {}, []))
             self._compiled_pull_back = compiler.compiled(self._pull_back, self.flat(inputs, cotangents))
-        return self._compiled_pull_back
+        return self._compiled_pull_back or self._pull_back
 
     def _pulled_back(self, function: Function, inputs: Inputs, cotangents: list[Tensor]) -> list[Any]:
         graph, _ = function.graph(inputs, self._lifted)
@@ -552,7 +547,8 @@ class Scan:
         self.function, self.batches, self.verify = function, batches, verify
         self._compiler = compiler
         self._traces = known.of(function, compiler is not None)
-        self._uses: dict[tuple[Trace, str], int] = {}
+        self._taken: dict[Trace, int] = {}  # steps of the loop
+        self._uses: dict[Graph, int] = {}
 
     def inputs(self, index: int, carry: Carry) -> Inputs:
         """What a step reads."""
@@ -568,11 +564,13 @@ class Scan:
             if len(self._traces) == _SHAPES:
                 raise NotTraceableError("its tensors have too many different shapes")
             trace = self._traces[inputs.signature] = Trace(self.function, inputs)
-        run = trace.advance_graph(inputs, self._compiler)
+        self._taken[trace] = self._taken.get(trace, 0) + 1
+        run = trace.advance_graph(inputs, self._compiler_of(trace))
         loss, following = trace.advance(inputs, run)
-        if self._is_due(trace, "advance"):
+        if self._is_due(trace, run):
             found = [loss, *following.tensors()]
-            if not agree(self._advanced(inputs), found, lambda: self._advanced(inputs.nudged())):
+            again = functools.partial(self._advanced, inputs)
+            if not agree(again(False), found, again):
                 raise self._differs(f"Step {index}")
         value = loss.item()
         if not math.isfinite(value):
@@ -602,12 +600,12 @@ class Scan:
 
     def pull_back(self, trace: Trace, inputs: Inputs, adjoint: Adjoint) -> Tensor:
         """Take the adjoint from a step's outputs to its inputs; returns the step's loss."""
-        run = trace.pull_back_graph(self.function, inputs, self._compiler)
+        run = trace.pull_back_graph(self.function, inputs, self._compiler_of(trace))
         cotangents = trace.cotangents(inputs, adjoint)
         found = run(trace.flat(inputs, cotangents))
-        if self._is_due(trace, "pull back"):
-            expected = self._pulled_back(inputs, cotangents)
-            if not agree(expected, found[1:], lambda: self._pulled_back(inputs.nudged(), cotangents)):
+        if self._is_due(trace, run):
+            again = functools.partial(self._pulled_back, inputs, cotangents)
+            if not agree(again(False), found[1:], again):
                 raise self._differs("A pullback")
         loss: Tensor = found[0]
         trace.put(iter(found[1:]), adjoint)
@@ -625,23 +623,28 @@ class Scan:
             state_out=tuple(_differentiable(last.state)),
         )
 
-    def _is_due(self, trace: Trace, kind: str) -> bool:
-        """Whether this use of a trace is to be compared with the function itself."""
-        uses = self._uses[trace, kind] = self._uses.get((trace, kind), 0) + 1
-        while uses % _EVERY == 0:
-            uses //= _EVERY
-        return self.verify == "all" or (self.verify == "new" and uses == 1)
+    def _compiler_of(self, trace: Trace) -> Compiler | None:
+        """None for a trace of few steps: the first one, whose optimizer state is empty, the last batch."""
+        return self._compiler if self._taken[trace] > COMPILE_AFTER else None
 
-    def _advanced(self, inputs: Inputs) -> list[Tensor]:
-        run = self.function.advanced(inputs)
+    def _is_due(self, trace: Trace, run: Graph) -> bool:
+        """Whether this use of a trace is to be compared with the function itself."""
+        here = self._uses[run] = self._uses.get(run, 0) + 1
+        ever = trace.uses[run] = trace.uses.get(run, 0) + 1
+        while here % _EVERY == 0:
+            here //= _EVERY
+        return self.verify == "all" or (self.verify == "new" and (here == 1 or ever & (ever - 1) == 0))
+
+    def _advanced(self, inputs: Inputs, nudge: bool) -> list[Tensor]:
+        run = self.function.advanced(inputs.nudged() if nudge else inputs)
         assert run.loss is not None
         return [
             run.loss.detach(),
             *Carry([weight.detach() for weight in run.weights], run.state, run.buffers).tensors(),
         ]
 
-    def _pulled_back(self, inputs: Inputs, cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-        graph, _ = self.function.graph(inputs, ())
+    def _pulled_back(self, inputs: Inputs, cotangents: Sequence[Tensor], nudge: bool) -> list[Tensor | None]:
+        graph, _ = self.function.graph(inputs.nudged() if nudge else inputs, ())
         return graph.pull_back(cotangents, [True] * len(graph.inputs))
 
     @staticmethod

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lowmem_higher.alike import nudged
 from lowmem_higher.custom_rules import advance_again, is_custom
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.fast_weights import replayed_weights
@@ -68,6 +69,10 @@ class Carry:
             f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was modified in "
             "place after it was kept for the backward. Set new values with fmodel.update_params([...])."
         )
+
+    def nudged(self) -> Carry:
+        """The same but for the last bit of about half of the weights' elements."""
+        return Carry(nudged(self.weights), self.state, self.buffers)
 
     advice = "keep fewer carries, checkpoints=10"
 

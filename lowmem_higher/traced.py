@@ -109,10 +109,8 @@ class Replays:
         return self._checked(
             use,
             use.advanced,
-            lambda: advance_carry(record, carry),
-            lambda one, other: (
-                state_keys(one.state) == state_keys(other.state) and agree(one.tensors(), other.tensors())
-            ),
+            lambda nudge: advance_carry(record, carry.nudged() if nudge else carry),
+            Carry.tensors,
         )
 
     def pull_back(
@@ -124,20 +122,20 @@ class Replays:
     ) -> list[Tensor | None]:
         """The gradients of those of a step's inputs that are wanted."""
 
-        def replayed() -> list[Tensor | None]:
+        def replayed(nudge: bool) -> list[Tensor | None]:
             with torch.enable_grad():
-                graph = second_order_graph(record, carry)
+                graph = second_order_graph(record, carry.nudged() if nudge else carry)
             return graph.pull_back(cotangents, wanted)
 
         use = self._use("pull back", record, carry, cotangents, wanted)
-        return replayed() if use is None else self._checked(use, use.pulled_back, replayed, agree)
+        return replayed(False) if use is None else self._checked(use, use.pulled_back, replayed, list)
 
     def _checked(
         self,
         use: Use,
         run: Callable[[], Result],
-        replay: Callable[[], Result],
-        agree: Callable[[Result, Result], bool],
+        replay: Callable[[bool], Result],
+        tensors: Callable[[Result], list[Any]],
     ) -> Result:
         trace = use.trace
         unverified = self._unverified.get(trace)
@@ -145,19 +143,21 @@ class Replays:
             try:
                 found = run()
             except ReplayMismatchError:
-                expected = replay()
+                expected = replay(False)
                 self._distrust(trace)
                 return expected
             self._unverified[trace] = unverified + 1
             return found
         started = time.thread_time()
-        expected = replay()
+        expected = replay(False)
         replayed = time.thread_time()
         try:
-            same = agree(expected, run())
+            found = run()
+            own = time.thread_time() - replayed
+            same = agree(tensors(expected), tensors(found), lambda nudge: tensors(replay(nudge)))
         except ReplayMismatchError:
-            same = False
-        trace.timed(replayed - started, time.thread_time() - replayed)
+            same, own = False, 0.0
+        trace.timed(replayed - started, own)
         if not same:
             self._distrust(trace)
         self._unverified[trace] = 0

@@ -556,7 +556,9 @@ class Trajectory:
             for index in optimizer.held & self._updated
             if weights[index].requires_grad
             and (weights[index].grad_fn is None or weights[index].grad_fn is not last)
-            and weights[index] is not self._outputs[index]()  # what a step only passed on is no ancestor inside
+            and not (
+                self._outputs and weights[index] is self._outputs[index]()
+            )  # what a step only passed on is no ancestor inside
         ]
         if earlier:
             others = [weight for weight in weights if not any(weight is other for other in earlier)]

@@ -70,7 +70,7 @@ class Run:
 Loop = Callable[[Run], Tensor]
 
 
-def gradients(loop: Loop, steps: int, **settings: Any) -> dict[str, Tensor | None]:
+def gradients(loop: Loop, steps: int, /, **settings: Any) -> dict[str, Tensor | None]:
     """The gradients of a loop's outer loss, by the names of its inputs."""
     run = Run(steps, **settings)
     outer = loop(run)

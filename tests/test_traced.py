@@ -133,6 +133,15 @@ def shapes(run: Run) -> Tensor:
         return fnet(x).tanh().sum()
 
 
+def adam_from_nothing(run: Run) -> Tensor:
+    """After one step Adam's second moment and its maximum are one tensor, and from then on they are not."""
+    net, x, y = run.net(mlp()), run.data(12, 3), run.data(12, 1)
+    with run.context(net, torch.optim.Adam(net.parameters(), lr=0.03, amsgrad=True)) as (fnet, diffopt):
+        for t in range(run.steps):
+            diffopt.step((fnet(x[rows(t)]) - y[rows(t)]).square().mean())
+        return fnet(x).tanh().sum()
+
+
 def statistics(run: Run) -> Tensor:
     """BatchNorm, whose running statistics are carried, and are read by the outer loss in eval mode."""
     net = run.net(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)))
@@ -212,7 +221,7 @@ def schedules_that_part(run: Run) -> Tensor:
         return fnet(x).tanh().sum()
 
 
-HERE = [example_weights_by_slices, schedule, schedules_that_part, shapes, statistics, function]
+HERE = [example_weights_by_slices, schedule, schedules_that_part, shapes, adam_from_nothing, statistics, function]
 
 
 @pytest.mark.parametrize("loop", HERE, ids=[loop.__name__ for loop in HERE])

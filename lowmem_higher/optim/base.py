@@ -394,8 +394,8 @@ class DifferentiableOptimizer:
 
         With `checkpoint_every` (or `checkpoints`) and `compile`, the whole scan is one node of the graph, and its steps
         run as flat or compiled code, the loop's included. That takes small nets a small part of the time. `fn` must be
-        a function of its arguments then, as for any compiler: it reads tensors through them and the functional model,
-        and the first use of each trace, the 16th, the 256th ... is compared with `fn` itself.
+        a function of its arguments then, as for any compiler: it reads tensors through them and the functional model.
+        The first use of each trace in a scan, the 16th, the 256th ... is compared with `fn` itself (`verify`).
 
         Args:
             fn: The inner loss, a scalar tensor.
