@@ -77,8 +77,16 @@ class Inputs:
 
     @property
     def signature(self) -> Any:
-        """Equal for steps that one trace serves, but for the numbers of the optimizer state."""
+        """Equal for steps that one trace serves, but for the numbers of the optimizer state.
+
+        Raises:
+            NotTraceableError: There is none for such a batch.
+        """
         carry = self.carry
+        if not all(isinstance(number, PLAIN) for number in self.numbers):
+            raise NotTraceableError("a batch holds an object of a class of its own")
+        if any(tensor.requires_grad for tensor in self.tensors):
+            raise NotTraceableError("a batch holds a tensor that requires grad; pass it to scan after the batches")
         if carry.form is None:
             there = tuple([buffer is not None for buffer in carry.buffers])
             plain = tuple(state_positions(carry.state))
@@ -88,10 +96,6 @@ class Inputs:
 
     def check(self) -> None:
         """Raise if no trace can be made of such a step."""
-        if not all(isinstance(number, PLAIN) for number in self.numbers):
-            raise NotTraceableError("a batch holds an object of a class of its own")
-        if any(tensor.requires_grad for tensor in self.tensors):
-            raise NotTraceableError("a batch holds a tensor that requires grad; pass it to scan after the batches")
         if not all(map(traceable, (*self.carry.tensors(), *self.tensors, *self.constant))):
             raise NotTraceableError("it reads tensors that are complex, sparse, or of a class of their own")
 
@@ -243,6 +247,7 @@ class Trace:
     def __init__(self, function: Function, inputs: Inputs) -> None:
         inputs.check()
         self.uses: dict[Graph, int] = {}
+        self._ambient = function.ambient
         self._lifted: dict[StateKey, type] = {}  # numbers of the optimizer state, which are inputs
         equal: dict[Any, list[StateKey]] = {}
         for place, index, name in state_positions(inputs.carry.state):
@@ -305,7 +310,16 @@ class Trace:
             return [None if output is None else output.contiguous() for output in outputs]
 
         graph = traced(flat, self.flat(inputs, cotangents))
-        return FlatGraph(graph, fresh=range(len(tensors) + 2 * len(inputs.constant) + 1 + len(tensors)))
+        return FlatGraph(graph, fresh=range(len(graph.nodes)))
+
+    def run(self, graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
+        """Run one of its graphs, with the switches that it was traced under."""
+        now = Ambient.capture()
+        with torch._C.DisableTorchFunction():
+            if now.switches[1:] == self._ambient.switches[1:]:
+                return graph(tensors)
+            with self._ambient.restored(now):
+                return graph(tensors)
 
     # The next carry
 
@@ -329,7 +343,7 @@ class Trace:
 
     def advance(self, inputs: Inputs, run: Graph) -> tuple[Tensor, Carry]:
         """The loss, and the next carry."""
-        outputs = run(self.flat(inputs))
+        outputs = self.run(run, self.flat(inputs))
         weights = list(inputs.carry.weights)
         for at, index in enumerate(self.weights_out):
             weights[index] = outputs[1 + at]
@@ -602,7 +616,7 @@ class Scan:
         """Take the adjoint from a step's outputs to its inputs; returns the step's loss."""
         run = trace.pull_back_graph(self.function, inputs, self._compiler_of(trace))
         cotangents = trace.cotangents(inputs, adjoint)
-        found = run(trace.flat(inputs, cotangents))
+        found = trace.run(run, trace.flat(inputs, cotangents))
         if self._is_due(trace, run):
             again = functools.partial(self._pulled_back, inputs, cotangents)
             if not agree(again(False), found[1:], again):

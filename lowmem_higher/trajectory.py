@@ -390,6 +390,7 @@ class Trajectory:
         carry = self._carry([weight.contiguous() for weight in weights], state, buffers)
         trainable = tuple([weight.requires_grad for weight in weights])
         modules = ModuleState.capture(list(fmodel.modules()))
+        taken = self.ledger.steps
         with self._unrecorded():
             try:
                 if self._traces is None:
@@ -400,13 +401,16 @@ class Trajectory:
                     raise NotTraceableError("it has a grad_callback or an update rule that is not this package's")
                 function = Function(fn, args, optimizer.param_groups, self._rules, self._live.twin, modules, trainable)
                 scan = Scan(function, batches, self._verify, self._traces, self._replays.compiler)
-                last, carry = scan.steps(carry, self.ledger.steps, self._carries, self.ledger, self._progress)
-            except NotTraceableError as reason:
+                last, carry = scan.steps(carry, taken, self._carries, self.ledger, self._progress)
+            except BaseException as reason:
+                self.ledger.steps = taken
+                if not isinstance(reason, NotTraceableError):
+                    raise
                 if self._traces is not None:
                     warnings.warn(
                         f"A scan is run as a loop of steps, since {reason}. The gradient is the same.",
                         CompileFallbackWarning,
-                        stacklevel=4,
+                        stacklevel=3,
                     )
                 return False
             layout = scan.layout(weights, state, carry)

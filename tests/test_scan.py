@@ -195,9 +195,10 @@ def test_the_weights_after_a_scan_have_a_time_and_those_inside_do_not() -> None:
     compare(loop, 5)
 
 
-def test_a_second_backward_and_no_second_derivative() -> None:
+@pytest.mark.parametrize("settings", [{"checkpoint_every": 3}, {"checkpoints": 2}], ids=str)
+def test_a_second_backward_and_no_second_derivative(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    run = Run(9, checkpoint_every=3, compile="trace")
+    run = Run(9, compile="trace", **settings)
     outer = scan_with("adam")(run)
     leaves = list(run.inputs.values())
     first = torch.autograd.grad(outer, leaves, retain_graph=True)
@@ -365,11 +366,23 @@ def branches(run: Run) -> Tensor:
         return fnet(x).tanh().sum()
 
 
-@pytest.mark.parametrize("loop", [draws, closes_over_tensors, learned_batches, branches])
+def late(run: Run) -> Tensor:
+    """What rules a trace out comes with the fourth batch: the steps before it are taken again."""
+    net = run.net(mlp())
+    batches = [run.data(4, 3), run.data(4, 3), run.data(4, 3), run.leaf("batch", run.data(4, 3)), run.data(4, 3)]
+    x = run.data(12, 3)
+    with run.context(net, OPTIMIZERS["adam"](list(net.parameters()))) as (fnet, diffopt):
+        diffopt.scan(lambda fmodel, batch: fmodel(batch).square().mean(), batches)
+        assert diffopt.report.steps == 5
+        return fnet(x).tanh().sum()
+
+
+@pytest.mark.parametrize("loop", [draws, closes_over_tensors, learned_batches, branches, late])
 def test_what_cannot_be_traced_is_a_loop_of_steps(loop: Loop, scanned: list[int]) -> None:
-    with pytest.warns(CompileFallbackWarning, match="A scan is run as a loop of steps, since"):
+    with pytest.warns(CompileFallbackWarning, match="A scan is run as a loop of steps, since") as caught:
         compare(loop, 6)
     assert scanned == []
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 @pytest.mark.parametrize("settings", [{"checkpoint_every": 3, "truncate": 4}, {"checkpoint_every": 3, "journal": True}])
@@ -387,7 +400,7 @@ def test_a_diverged_loop_raises_and_changes_nothing() -> None:
         with pytest.raises(ValueError, match="The loss of step 0 of a scan is inf"):
             diffopt.scan(inner_loss, batches, x, y * 1e200, logits)
         assert all(one is other for one, other in zip(weights, fnet.parameters(), strict=True))
-        assert diffopt.state == [{}]
+        assert (diffopt.state, diffopt.report.steps) == ([{}], 0)
 
 
 def test_no_batches_no_steps() -> None:
