@@ -307,13 +307,13 @@ def test_R10_a_function_that_reads_what_changes_raises() -> None:
 
 def test_a_number_that_differs_in_the_next_context_is_another_function(scanned: list[int]) -> None:
     """Traces are shared by the contexts of a model: what was baked in is compared."""
-    net, x = mlp(), torch.randn(6, 3)
+    net, x = mlp().double(), torch.randn(6, 3, dtype=torch.float64)
 
     def gradient(scale: float, **settings: Any) -> Tensor:
         def scaled(fmodel: Any, batch: Tensor) -> Tensor:
             return scale * fmodel(batch).square().mean()
 
-        rate = torch.tensor(0.1, requires_grad=True)
+        rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         with lowmem_higher.innerloop_ctx(net, optimizer, override={"lr": [rate]}, **settings) as (fnet, diffopt):
             diffopt.scan(scaled, [x] * 6)
@@ -321,9 +321,37 @@ def test_a_number_that_differs_in_the_next_context_is_another_function(scanned: 
 
     for scale in (1.0, 2.0, 1.0):
         assert torch.allclose(gradient(scale, checkpoint_every=3, compile="trace"), gradient(scale), rtol=1e-9)
-    net[0].eval()
-    assert torch.allclose(gradient(3.0, checkpoint_every=3, compile="trace"), gradient(3.0), rtol=1e-9)
-    assert scanned == [6] * 4
+    assert scanned == [6] * 3
+
+
+class Scaled(nn.Module):
+    """Reads a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 1), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x) * self.scale)
+
+
+def test_an_attribute_or_a_step_count_that_differs_in_the_next_context(scanned: list[int]) -> None:
+    torch.manual_seed(0)
+    net, x = Scaled().double(), torch.randn(6, 3, dtype=torch.float64)
+
+    def gradient(count: int, **settings: Any) -> Tensor:
+        optimizer, rate = torch.optim.Adam(net.parameters()), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        with lowmem_higher.innerloop_ctx(net, optimizer, override={"lr": [rate]}, **settings) as (fnet, diffopt):
+            diffopt.step(fnet(x).square().mean())
+            diffopt.state[0][1]["step"] = count  # of the bias, 1 of the weight
+            diffopt.scan(lambda fmodel, batch: fmodel(batch).square().mean(), [x] * 4)
+            return torch.autograd.grad(fnet(x).sum(), rate)[0]
+
+    for scale, count in ((1.0, 1), (1.0, 5), (2.0, 5), (2.0, 1)):
+        net.scale = scale
+        found = gradient(count, checkpoint_every=3, compile="trace", verify="off")
+        assert torch.allclose(found, gradient(count), rtol=1e-9)
+    assert scanned == [4] * 4
 
 
 # What cannot be traced is a loop of single steps

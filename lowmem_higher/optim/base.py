@@ -756,9 +756,9 @@ def _closed(value: Any, shape: torch.Size) -> Any:
 
 
 def _compared(value: Any) -> Any:
-    """What must be equal in the state of parameters that are joined: what is no tensor."""
+    """What must be equal in the state of parameters that are joined: numbers, also as tensors without dimensions."""
     if isinstance(value, Tensor):
-        return None
+        return None if value.ndim else id(value)
     return id(value) if type(value).__hash__ is None else value
 
 
