@@ -148,7 +148,10 @@ def test_batches_of_several_shapes_and_structures(scanned: list[int]) -> None:
     def loop(run: Run) -> Tensor:
         net = run.net(mlp())
         x, _, logits = tensors_of(run)
-        batches = [{"x": x[i], "at": i, "scale": 0.5} for i in [*indices(run.steps - 1), *indices(1, 2)]]
+        batches = [
+            {"x": x[i], "at": i, "scale": 0.5 + step % 2}
+            for step, i in enumerate([*indices(run.steps - 1), *indices(1, 2)])
+        ]
         with run.context(net, OPTIMIZERS["momentum"](list(net.parameters()))) as (fnet, diffopt):
             diffopt.scan(weighted, batches, logits)
             return fnet(x).tanh().sum()

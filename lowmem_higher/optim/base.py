@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors
 
 from lowmem_higher.optim.in_place import apply_rule_in_place, run_update
 from lowmem_higher.optim.write_back import write_back
@@ -298,13 +298,13 @@ class DifferentiableOptimizer:
         }
         flat, new_joined = self.update(_flatten_dense_tensors(params), _flatten_dense_tensors(grads), joined, group)
         parts = {
-            key: _unflatten_dense_tensors(value, params)
+            key: _taken_apart(value, params)
             if isinstance(value, Tensor) and value.shape == flat.shape
             else [value] * len(params)
             for key, value in new_joined.items()
         }
         new_entries = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-        return _unflatten_dense_tensors(flat, params), new_entries or [{} for _ in params]
+        return _taken_apart(flat, params), new_entries or [{} for _ in params]
 
     def step(
         self,
@@ -753,6 +753,16 @@ def _opened(value: Any) -> Any:
 
 def _closed(value: Any, shape: torch.Size) -> Any:
     return torch.view_as_complex(value) if isinstance(value, Tensor) and value.shape == shape else value
+
+
+def _taken_apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a joined vector, which are no views of it: their backward is one node, and joins them again."""
+    parts = _split(flat, [tensor.numel() for tensor in like])
+    # Nobody else has the parts, so their shape may be changed without a view's bookkeeping.
+    return [_unsafe_view(part, tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+_split, _unsafe_view = torch.ops.aten.split_with_sizes_copy.default, torch.ops.aten._unsafe_view.default
 
 
 def _compared(value: Any) -> Any:
