@@ -72,6 +72,10 @@ def _nothing() -> None:
     return None
 
 
+def _advance(replays: Replays, record: StepRecord | ScanStep, carry: Carry) -> Carry:
+    return record.advance(carry) if isinstance(record, ScanStep) else replays.advance(record, carry)
+
+
 class Trajectory:
     """Takes the steps of one checkpointed inner loop, and pulls them back.
 
@@ -119,7 +123,7 @@ class Trajectory:
         self._live = live
         self._recorder = recorder
         self._replays, self._traces = replays, traces
-        self._carries = Carries(schedule, self.ledger, store, self._advance)
+        self._carries = Carries(schedule, self.ledger, store, functools.partial(_advance, replays))
         self._holdings = Holdings(self._carries.store, self.ledger, hint)
         self._journals = Journals(self._carries.store, self._carries.constants, self.ledger) if journal else None
         once, twice = self.ledger.count_first_order, self.ledger.count_second_order
@@ -443,9 +447,6 @@ class Trajectory:
             if self._open:
                 self._recorder.resume()
                 self._start_window()
-
-    def _advance(self, record: StepRecord | ScanStep, carry: Carry) -> Carry:
-        return record.advance(carry) if isinstance(record, ScanStep) else self._replays.advance(record, carry)
 
     # Terms of the outer loss
 
