@@ -192,6 +192,11 @@ class StepGraph:
         run = self.run
         return Carry([weight.detach() for weight in run.weights], detached_state(run.state), run.buffers)
 
+    def let_go_of_state(self, weights: int) -> None:
+        """Hold the values of the first outputs, the weights, alone, and those that the graph itself has saved."""
+        self.outputs[weights:] = [_Place.apply(output) for output in self.outputs[weights:]]  # type: ignore[no-untyped-call]
+        self.run = StepRun([], [], ())
+
     def pull_back(self, cotangents: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
         """The vector-Jacobian product, once, as far as it is wanted."""
         pairs = [
@@ -205,6 +210,18 @@ class StepGraph:
         outputs, vectors = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, inputs, vectors, allow_unused=True))
         return [next(found) if asked else None for asked in wanted]
+
+
+class _Place(torch.autograd.Function):
+    """The place of a tensor in the graph, without its values."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.new_empty(()).expand(tensor.shape)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent
 
 
 class PulledBack(Protocol):

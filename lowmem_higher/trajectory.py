@@ -220,7 +220,7 @@ class Trajectory:
             graph = second_order_graph(record, self._carries.before(record))
             weights = len(record.layout.weights_out)
             graph.outputs[:weights] = [out.clone() if out._is_view() else out for out in graph.outputs[:weights]]
-            graph.run.weights.clear()  # the next step's are those of the full unroll
+            graph.let_go_of_state(weights)  # as the optimizer does, which holds the newest
             held = memory.current
             graph.pull_back([torch.ones_like(output) for output in graph.outputs], [True] * len(graph.inputs))
             pullback = memory.peak
