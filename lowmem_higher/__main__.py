@@ -1,4 +1,4 @@
-"""The command line: `python -m lowmem_higher demo`, `python -m lowmem_higher profile script.py`."""
+"""The command line: `python -m lowmem_higher demo`, `profile script.py`, `doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from lowmem_higher import profile_script
+from lowmem_higher import doctor, profile_script
 from lowmem_higher.demo.options import OptionError, add_arguments, options_from
 
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those after the program's name; by default from the command line.
 
     Returns:
-        The exit code: 0 if all went well, 1 if the job could not be done, 130 after Ctrl-C.
+        The exit code: 0 if all went well, 1 if the job could not be done or `doctor` found a fault, 130 after Ctrl-C.
 
     Raises:
         SystemExit: With code 2 for bad options, after one line on stderr; with code 0 after `--help`.
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _OneLineParser(
         prog="python -m lowmem_higher",
         description="Exact meta-gradients through long inner loops, in little memory.",
+        epilog="New here? `demo` shows what it is for. Something odd? `doctor` looks at the installation.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
@@ -47,10 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "run a script and measure every inner loop in it: memory by phase, passes, seconds"
     profile = commands.add_parser("profile", help=what, description=what, allow_abbrev=False)
     profile_script.add_arguments(profile)
+    what = "look at versions, devices and optional packages, probe torch, and prove small gradients; 1 if one is wrong"
+    commands.add_parser("doctor", help=what, description=what, allow_abbrev=False)
     parsed = parser.parse_args(arguments)
     if parsed.command is None:
         parser.print_help()
         return 0
+    if parsed.command == "doctor":
+        return doctor.doctor()
     if parsed.command == "profile":
         try:
             profile_script.profile_script(parsed)

@@ -62,6 +62,7 @@ class live_bytes(TorchDispatchMode):
         - operations in other Python threads, sparse CSR and MKL-DNN tensors (sparse COO counts), and the tensors inside
           a wrapper subclass;
         - `storage.resize_(n)`, until an operation returns that storage or `current` is read (`tensor.resize_` is seen).
+
     A tensor on the meta device counts the bytes it would have. Under any dispatch mode autograd adds up gradients out
     of place where it would else reuse a buffer, so `peak` can exceed an unwatched backward's by one such gradient.
 

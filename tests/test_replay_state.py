@@ -50,7 +50,7 @@ SWITCHES: dict[str, tuple[Read, Write, Any]] = {
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
         (True, True),
     ),
-    "default device": (torch.get_default_device, torch.set_default_device, torch.device("meta")),
+    "default device": (lambda: torch.empty(0).device, torch.set_default_device, torch.device("meta")),
 }
 for device in ("cpu", "cuda"):
     SWITCHES[f"autocast on {device}"] = (
