@@ -81,7 +81,10 @@ def clip_grad_value(clip_value: float | Tensor) -> GradCallback:
 
 def _check(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be a number or a tensor of one element.")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; it must be a number or a tensor of one element, as in "
+            f"{name}=torch.tensor(1.0)."
+        )
     if not value >= 0:
         raise ValueError(f"{name}={float(value)} must be at least 0, as in {name}=1.0.")
 

@@ -17,7 +17,7 @@ from lowmem_higher.errors import RecordError, ReplayMismatchError
 from lowmem_higher.optim.base import DifferentiableOptimizer, Gradients, Group, State
 from lowmem_higher.replay_state import RngState, capture_rng, rng_restored, same_rng
 from lowmem_higher.structure import tensors_in
-from lowmem_higher.watch import Watcher
+from lowmem_higher.watch import Watcher, refuse_hidden
 
 
 def is_custom(optimizer: DifferentiableOptimizer) -> bool:
@@ -33,7 +33,7 @@ def advance_first(
     rng = capture_rng(devices)
     given = _given(weights, grads, optimizer.state, optimizer.param_groups)
     watcher = Watcher(given, own=frozenset())
-    with torch.no_grad(), torch._C._EnableTorchFunction(), watcher.on():
+    with torch.no_grad(), torch._C._EnableTorchFunction(), refuse_hidden(watcher), watcher.on():
         result = optimizer.advance(weights, grads, optimizer.state, optimizer.param_groups)
     name = type(optimizer).__name__
     if watcher.foreign_writes:
@@ -51,7 +51,8 @@ def advance_first(
     if nested:
         raise RecordError(
             f"The update rule of {name} keeps a collection of tensors as state[{nested[0]!r}], through which no "
-            "gradient is carried from step to step. Keep each tensor under a name of its own."
+            "gradient is carried from step to step. Keep each tensor under a name of its own: "
+            'return new_param, {**state, "first": a, "second": b}.'
         )
     drawn = None if same_rng(rng, capture_rng(devices)) else rng
     return result, watcher.found, drawn

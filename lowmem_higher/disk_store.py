@@ -134,12 +134,14 @@ class InFile(Generic[Kind]):
         except OSError as error:
             raise StoreError(
                 f"Cannot read {what}: {error.strerror}. It was there: the directory must be left alone until the outer "
-                "backward is done. Run the inner loop again."
+                "backward is done. Run the inner loop again, in a directory of its own: "
+                "innerloop_ctx(..., store=tempfile.mkdtemp())."
             ) from error
         if fault is not None:
             raise StoreError(
                 f"Cannot use {what}: {fault}. Something else wrote to the file, or the disk is failing; nothing was "
-                "computed from it. Run the inner loop again, with another store if this comes back."
+                "computed from it. Run the inner loop again; if this comes back, on another disk, "
+                "innerloop_ctx(..., store='another/directory')."
             )
         moved = [span.to(device) for span, device in zip(spans, self._packed.devices, strict=True)]
         return self._ledger.keep(self._packed.unpacked(moved))

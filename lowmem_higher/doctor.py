@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lowmem_higher.budget import free_bytes
 from lowmem_higher.innerloop import innerloop_ctx
@@ -201,10 +202,16 @@ def _gradients(device: torch.device) -> Iterator[Finding]:
             {"checkpoints": 2},
             {"checkpoints": 2, "steps": _STEPS, "store": folder},
             {"memory_budget": "1GiB"},
+            {"checkpoint_every": 3, "recomputed": True},
         ]
         for setting in settings:
-            shown = {name: "a directory" if name == "store" else value for name, value in setting.items()}
-            yield _compared(about, ", ".join(f"{name}={value!r}" for name, value in shown.items()), setting, unrolled)
+            yield _compared(about, _label(setting), setting, unrolled)
+
+
+def _label(setting: dict[str, Any]) -> str:
+    shown = {name: "a directory" if name == "store" else value for name, value in setting.items()}
+    recomputed = " and torch.utils.checkpoint in the model" if shown.pop("recomputed", False) else ""
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items()) + recomputed
 
 
 def _compared(about: str, label: str, setting: dict[str, Any], unrolled: Tensor) -> Finding:
@@ -226,7 +233,15 @@ def _failure(label: str, error: Exception) -> str:
     return f"{label} ended in {type(error).__name__}: {' '.join(str(error).split())}. {_REPORT}"
 
 
-def small_loop(device: torch.device, rate: float = 0.05, **settings: Any) -> tuple[float, Tensor]:
+class _Recomputed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return out
+
+
+def small_loop(
+    device: torch.device, rate: float = 0.05, recomputed: bool = False, **settings: Any
+) -> tuple[float, Tensor]:
     """The outer loss of a small loop, and its gradient by learning rate, example weights and initial weights.
 
     Example:
@@ -238,7 +253,8 @@ def small_loop(device: torch.device, rate: float = 0.05, **settings: Any) -> tup
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device)
 
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double().to(device)
+    kind = _Recomputed if recomputed else nn.Sequential
+    model = kind(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double().to(device)
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(drawn(*param.shape))

@@ -99,10 +99,17 @@ class FunctionalView:
         With `inside`, so many times lie between, whose weights cannot be had.
         """
         if len(weights) != len(self.slots):
-            raise ValueError(f"The model has {len(self.slots)} parameters, and {len(weights)} new ones were given.")
+            raise ValueError(
+                f"The model has {len(self.slots)} parameters, and {len(weights)} new ones were given. Give all, in the "
+                "order of fmodel.parameters(), the old one where nothing is new: "
+                "fmodel.update_params([f(w) for w in fmodel.parameters()])."
+            )
         for name, new, old in zip(self.slots.names, weights, self.current, strict=False):
             if new.shape != old.shape:
-                raise ValueError(f"{name} has shape {tuple(old.shape)}, and its new value {tuple(new.shape)}.")
+                raise ValueError(
+                    f"{name} has shape {tuple(old.shape)}, and its new value {tuple(new.shape)}. New weights come in "
+                    "the order of fmodel.named_parameters(), and keep their shapes: new.reshape(old.shape)."
+                )
         self.current = list(weights)
         self.slots.install(self.current)
         if not self.track:
@@ -142,13 +149,15 @@ class FunctionalView:
         if not self.track:
             if time not in (-1, 0):
                 raise ValueError(
-                    f"time={time} was asked for, but track_higher_grads=False keeps only the current weights."
+                    f"time={time} was asked for, but track_higher_grads=False keeps only the current weights. Open the "
+                    "context with innerloop_ctx(..., track_higher_grads=True), or ask for fmodel.parameters()."
                 )
             return self.current
         times = len(self.history)
         if not -times <= time < times:
             raise IndexError(
-                f"time={time} is out of range: this fmodel has the times 0 to {times - 1} (or -{times} to -1)."
+                f"time={time} is out of range: this fmodel has the times 0 to {times - 1} (or -{times} to -1), one "
+                "more with each step and each update_params. The current weights are fmodel.parameters()."
             )
         if time % times == times - 1:
             return self.current
@@ -253,7 +262,10 @@ def alive(module: weakref.ref[AnyModule]) -> AnyModule:
     """The module of a weak reference."""
     found = module()
     if found is None:
-        raise ReferenceError("The functional model of this context was deleted; keep a reference to fmodel.")
+        raise ReferenceError(
+            "The functional model of this context was deleted while its optimizer is in use. Keep a reference to it: "
+            "`with innerloop_ctx(...) as (fmodel, diffopt):`, and return fmodel from a function that returns diffopt."
+        )
     return found
 
 

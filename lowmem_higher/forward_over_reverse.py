@@ -82,7 +82,8 @@ def _alone(tensor: Tensor) -> Tensor:
 def _load_rules() -> None:
     """Make a first dual tensor, for which torch loads rules by means that it has deprecated itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 

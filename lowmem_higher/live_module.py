@@ -31,7 +31,7 @@ from lowmem_higher.record import BufferState, Inside, Node, Recorder, version_of
 from lowmem_higher.replay_state import ModuleState, capture_rng, same_rng, structure_of
 from lowmem_higher.second_order import second_order_here
 from lowmem_higher.structure import flatten, tensors_in
-from lowmem_higher.watch import Watcher
+from lowmem_higher.watch import Watcher, refuse_hidden
 
 
 class Twin:
@@ -166,7 +166,7 @@ class LiveModule:
             )
             inside = Inside(view.current, buffers, self._state, watcher.found, [])
             node = recorder.new_node(ModuleCall(self.twin, target), structure, leaves, inside)
-        with recorder.watching(watcher), follow_view(view), second_order_here():
+        with refuse_hidden(watcher), recorder.watching(watcher), follow_view(view), second_order_here():
             out = run(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             if isinstance(target, str):

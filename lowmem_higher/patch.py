@@ -95,7 +95,8 @@ class FunctionalModule(nn.Module):
         view = self.__dict__.get("_view")
         if view is None and time is not None:
             raise RecordError(
-                "Past weights cannot be asked for in a replay: ask in the loop, and pass them as an argument."
+                "Past weights were asked for inside forward, which a replay runs again. Ask in the loop, and pass them "
+                "as an argument: fmodel(x, list(fmodel.parameters(time=k)))."
             )
         return super().parameters(recurse) if view is None or not recurse else iter(view.at(time))
 
@@ -139,7 +140,10 @@ class FunctionalModule(nn.Module):
     def init_fast_params(self) -> list[Tensor]:
         """The fast weights of time 0."""
         if not self._view.track:
-            raise RuntimeError("init_fast_params needs the history, which track_higher_grads=False does not keep.")
+            raise RuntimeError(
+                "init_fast_params needs the history, which track_higher_grads=False does not keep. Open the context "
+                "with innerloop_ctx(..., track_higher_grads=True), or copy fmodel.fast_params before the first step."
+            )
         return list(self._view.at(0))
 
     def update_params(self, params: Iterable[Tensor]) -> None:
@@ -152,7 +156,10 @@ class FunctionalModule(nn.Module):
         """The current fast weight of that name."""
         found = dict(self.named_parameters(remove_duplicate=False)).get(target)
         if found is None:
-            raise AttributeError(f"The model has no parameter {target!r}.")
+            raise AttributeError(
+                f"The model has no parameter {target!r}. They are [name for name, _ in fmodel.named_parameters()]; a "
+                "tensor that is no parameter is an attribute: fmodel.name."
+            )
         return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -298,14 +305,20 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | st
     where = None if device is None else torch.device(device)
     source, target = ParameterSlots(module), ParameterSlots(fmodule)
     if [[name for _, name in slots] for slots in source.buffers] != [[name for _, name in s] for s in target.buffers]:
-        raise ValueError("The modules differ in their buffers; make the second from the first: monkeypatch(module).")
+        raise ValueError(
+            "The modules differ in their buffers. Make the second from the first: fmodel = monkeypatch(module)."
+        )
     with torch.no_grad():
         target.install_buffers(copied(source.read_buffers(), where))
 
 
 def _params(module: nn.Module) -> list[nn.Parameter]:
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(f"The model must be a torch.nn.Module in Python, and is {type(module).__name__}.")
+        raise TypeError(
+            f"The model must be a torch.nn.Module in Python, and is {type(module).__name__}. Give the module itself, "
+            "before torch.jit.script or torch.jit.trace: innerloop_ctx(model, opt). A function of tensors can be put "
+            "into the forward of an nn.Module."
+        )
     return list(module.parameters())
 
 

@@ -166,7 +166,7 @@ class PastWeights:
         if node is not None and node.truncated:
             raise HistoryFreedError(
                 "These weights were let go by truncate=K, which keeps those of the last K steps. Ask for a later time, "
-                "or for a larger truncate."
+                "fmodel.parameters(time=-1), or for a larger K: innerloop_ctx(..., truncate=K)."
             )
         if node is None or node.record is None:
             raise freed_error()

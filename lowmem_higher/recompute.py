@@ -31,9 +31,10 @@ def _replacement(original: Any) -> Any:
     return generator
 
 
-_interception: Interception[Bind] = Interception(
-    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _replacement)
-)
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl"):  # torch 2.15
+    _GENERATOR = f"{_GENERATOR}_impl"
+_interception: Interception[Bind] = Interception((torch.utils.checkpoint, _GENERATOR, _replacement))
 
 
 class FixedWeights:

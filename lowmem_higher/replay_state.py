@@ -250,7 +250,8 @@ class ModuleState:
             names = ", ".join(sorted({name for attributes in self.tensors for name in attributes}))
             raise ExternalModifiedError(
                 f"A tensor that the model holds as a plain attribute (one of: {names}) was modified in place after a "
-                "recorded step read it. Register it as a buffer, register_buffer(name, tensor), or set a new tensor."
+                "recorded step read it. Register it as a buffer, self.register_buffer(name, tensor), or set a new "
+                "tensor: self.name = self.name + 1."
             )
         before = [module.__dict__ for module in modules]
         try:

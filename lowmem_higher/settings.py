@@ -98,7 +98,8 @@ class Settings:
             )
         if self.microbatches < 1:
             raise ValueError(
-                f"microbatches={self.microbatches} must be at least 1: each batch is cut into so many parts."
+                f"microbatches={self.microbatches} must be at least 1: each batch is cut into so many parts. Use "
+                "microbatches=4, or 1 for whole batches."
             )
         asked = [
             name

@@ -232,7 +232,9 @@ def taylor_test(
         if isinstance(value, float):
             value = torch.tensor(value, dtype=torch.float64)
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise TypeError("taylor_test: f must return one number, a tensor with a single element or a float.")
+            raise TypeError(
+                "taylor_test: f must return one number, a tensor with a single element or a float: return loss.mean()."
+            )
         _float64_tensors("the value of f", value)
         return value, leaves
 
@@ -240,21 +242,33 @@ def taylor_test(
         value, leaves = evaluate(0.0)
         if gradient is None:
             if not value.requires_grad:
-                raise ValueError("taylor_test: autograd sees no path from `point` to the value of f. Pass `gradient=`.")
+                raise ValueError(
+                    "taylor_test: autograd sees no path from `point` to the value of f. Compute it from the arguments "
+                    "of f, or pass the gradient that is to be tested: taylor_test(f, point, gradient=...)."
+                )
             gradient = torch.autograd.grad(value, leaves, allow_unused=True)
     base = value.item()
     del value, leaves
     gradients = _float64_tensors("gradient", gradient, points)
     gradient_norm = _norm(gradients)
     if not math.isfinite(base) or not math.isfinite(gradient_norm):
-        raise ValueError(f"taylor_test: f is {base} and the norm of its gradient {gradient_norm} at `point`.")
+        raise ValueError(
+            f"taylor_test: f is {base} and the norm of its gradient {gradient_norm} at `point`. Choose a point where "
+            "both are finite: a smaller learning rate, fewer steps, or taylor_test(f, 0.1 * point)."
+        )
     products = [g * d for g, d in zip(gradients, directions, strict=True)]
     slope = sum(product.sum().item() for product in products)
     spread = sum(product.abs().sum().item() for product in products)
     if gradient_norm == 0.0:
-        raise ValueError("taylor_test: the gradient is zero everywhere, which proves nothing. Choose another point.")
+        raise ValueError(
+            "taylor_test: the gradient is zero everywhere, which proves nothing. Choose another point, "
+            "taylor_test(f, torch.randn_like(point))."
+        )
     if abs(slope) <= 1e-9 * spread:
-        raise ValueError("taylor_test: the direction is zero or orthogonal to the gradient, which proves nothing.")
+        raise ValueError(
+            "taylor_test: the direction is zero or orthogonal to the gradient, which proves nothing. Leave it out, or "
+            "draw another one: taylor_test(f, point, seed=1)."
+        )
 
     def remainder(h: float) -> float:
         with _same_random_numbers():
@@ -281,14 +295,15 @@ def taylor_test(
     if len(ladder) < 3:
         raise ValueError(
             f"taylor_test: only {len(ladder)} steps from h = {step:g} down have a finite remainder above 100 times the "
-            f"rounding noise ({noise:.1e}), too few to see an order. Pass another `step` or direction."
+            f"rounding noise ({noise:.1e}), too few to see an order. Pass another `step` or direction: "
+            "taylor_test(f, point, step=..., seed=1)."
         )
     order = min(math.log(a[1] / b[1], 4.0) for a, b in itertools.pairwise(ladder[-3:]))
     h, size = ladder[-1]
     if order > 1.5 and h * abs(slope) < 10 * size:
         raise ValueError(
             f"taylor_test: the slope along the direction, {slope:.1e}, is so small against the curvature that a zero "
-            "gradient would pass as well. Choose another point or direction."
+            "gradient would pass as well. Choose another point or direction: taylor_test(f, point, seed=1)."
         )
     return order
 
@@ -355,14 +370,20 @@ def assert_matches_unrolled(
         with _same_random_numbers():
             result = loop(**settings)
         if not isinstance(result, (Mapping, list, tuple)):
-            raise TypeError(f"loop must return a mapping or a sequence of gradients, not {type(result).__name__}.")
+            raise TypeError(
+                f"loop must return a mapping or a sequence of gradients, not {type(result).__name__}: "
+                "return torch.autograd.grad(outer_loss, [w])."
+            )
         named = result.items() if isinstance(result, Mapping) else ((f"[{i}]", g) for i, g in enumerate(result))
         # Clones, because a `.grad` that later runs add to would change the reference together with them.
         return {name: None if gradient is None else gradient.detach().clone() for name, gradient in named}
 
     reference = run(checkpoint_every=None)
     if all(gradient is None for gradient in reference.values()):
-        raise AssertionError("the full unroll gives no gradient at all, which proves nothing.")
+        raise AssertionError(
+            "the full unroll gives no gradient at all, which proves nothing. Open the context with "
+            "copy_initial_weights=False, or return gradients of something else that takes part."
+        )
     for name, gradient in reference.items():
         if gradient is None:
             continue
@@ -373,7 +394,8 @@ def assert_matches_unrolled(
             )
         if not 0.0 < _norm([gradient]) < math.inf:
             raise AssertionError(
-                f"the full unroll's gradient {name} has norm {_norm([gradient])}, and to agree with it proves nothing."
+                f"the full unroll's gradient {name} has norm {_norm([gradient])}, and to agree with it proves nothing. "
+                "Choose data and weights for which it is finite and not zero, or leave it out of what loop returns."
             )
 
     differences: dict[str, float] = {}
@@ -382,7 +404,10 @@ def assert_matches_unrolled(
         label = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         gradients = run(**settings)
         if gradients.keys() != reference.keys():
-            raise AssertionError(f"{label}: loop returns {list(gradients)}, but {list(reference)} in the full unroll.")
+            raise AssertionError(
+                f"{label}: loop returns {list(gradients)}, but {list(reference)} in the full unroll. Return the same "
+                "gradients under every setting, in the same order."
+            )
         differences[label] = 0.0
         for name, gradient in gradients.items():
             difference = _relative_difference(gradient, reference[name])
@@ -396,7 +421,9 @@ def assert_matches_unrolled(
                 )
             differences[label] = max(differences[label], difference)
     if not differences:
-        raise ValueError("nothing to compare: every setting needs at least one value.")
+        raise ValueError(
+            "nothing to compare: every setting needs at least one value, as in checkpoint_every=(1, 3, 10)."
+        )
     return differences
 
 
@@ -426,7 +453,8 @@ def _float64_tensors(
     if like is not None and [t.shape for t in tensors] != [x.shape for x in like]:
         raise ValueError(
             f"taylor_test: {name} has shapes {[tuple(t.shape) for t in tensors]}, "
-            f"but `point` has {[tuple(x.shape) for x in like]}."
+            f"but `point` has {[tuple(x.shape) for x in like]}. Give one for each argument of f, of its shape: "
+            "[torch.randn_like(x) for x in point]."
         )
     return tensors
 

@@ -65,7 +65,7 @@ from lowmem_higher.structure import flatten
 from lowmem_higher.testing import live_bytes
 from lowmem_higher.traced import Replays, TracedReplay
 from lowmem_higher.truncation import LastSteps
-from lowmem_higher.watch import Watcher
+from lowmem_higher.watch import Watcher, refuse_hidden
 
 
 def _nothing() -> None:
@@ -248,7 +248,8 @@ class Trajectory:
             )
         if self._recorder.inside:
             raise RecordError(
-                "A step was taken inside forward, or inside a function that the engine calls; take it in the loop."
+                "A step was taken inside forward, or inside a function that the engine calls and a replay would call "
+                "again. Take it in the loop: diffopt.step(loss)."
             )
         fmodel: FunctionalModule = optimizer._fmodel
         with self._recording():
@@ -582,7 +583,7 @@ class Trajectory:
     ) -> tuple[Gradients, list[Tensor], RngState | None]:
         rng = capture_rng(self._recorder.devices)
         watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)])
-        with torch.enable_grad(), torch._C._EnableTorchFunction(), watcher.on():
+        with torch.enable_grad(), torch._C._EnableTorchFunction(), refuse_hidden(watcher), watcher.on():
             used = called_back(callback, grads)
         drawn = None if same_rng(rng, capture_rng(self._recorder.devices)) else rng
         return [None if grad is None else grad.detach() for grad in used], watcher.found, drawn

@@ -8,6 +8,7 @@ tensors that were not read the first time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import BackwardCFunction, Function, _SingleLevelFunction
 from torch.overrides import TorchFunctionMode
 
+from lowmem_higher.errors import RecordError
 from lowmem_higher.interception import Interception
 from lowmem_higher.structure import flatten, tensors_in, unflatten
 from lowmem_higher.tensor_map import TensorMap
@@ -167,13 +169,61 @@ def _replacement(before: Any) -> Any:
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         original = super(_SingleLevelFunction, cls).apply if before is None else before.__get__(None, cls)  # type: ignore[misc]  # a class made in C
         handlers = intercepted_apply.handlers()
-        if kwargs or not handlers:
-            return original(*args, **kwargs)
-        return handlers[-1](cls, original, args)
+        _applied.seen += 1
+        try:
+            if kwargs or not handlers:
+                return original(*args, **kwargs)
+            return handlers[-1](cls, original, args)
+        finally:
+            _applied.seen -= 1
 
     return classmethod(apply)
 
 
-# `TorchFunctionMode` does not see `autograd.Function.apply`. All ways to call it, also through an alias made earlier,
-# end in this base class.
-intercepted_apply: Interception[ApplyHandler] = Interception((_SingleLevelFunction, "apply", _replacement))
+class _Applied(threading.local):
+    """How many calls of `apply` that were seen are under way in this thread; who wants to know of the others."""
+
+    seen = 0
+    hidden: list[str] | None = None
+
+
+_applied = _Applied()
+
+
+def _noticing(before: Any) -> Any:
+    def __init__(self: Any, *args: Any) -> None:  # noqa: N807  (takes the place of one)
+        if _applied.seen == 0 and _applied.hidden is not None:
+            _applied.hidden.append(type(self)._forward_cls.__name__)
+
+    return __init__
+
+
+# `TorchFunctionMode` does not see `autograd.Function.apply`. Where that is Python (torch 2.13), all ways to call it end in
+# the base class, also through an alias made earlier. Where it is C (2.15), such an alias, `cube = Cube.apply` made outside
+# of any context, stays in C. That it runs is seen by the node that it makes; its arguments are not.
+_WHERE_APPLY_IS_FOUND = _SingleLevelFunction if hasattr(vars(Function)["apply"], "__func__") else Function
+intercepted_apply: Interception[ApplyHandler] = Interception(
+    (_WHERE_APPLY_IS_FOUND, "apply", _replacement), (BackwardCFunction, "__init__", _noticing)
+)
+
+
+@contextmanager
+def refuse_hidden(watcher: Watcher) -> Iterator[None]:
+    """Refuse watched code in which nobody can put stand-ins in place.
+
+    Raises:
+        RecordError: It reads tensors that it was not given, and calls a custom function in a way that hides arguments.
+    """
+    hidden: list[str] = []
+    before, _applied.hidden = _applied.hidden, hidden
+    try:
+        yield
+    finally:
+        _applied.hidden = before
+    if hidden and watcher.found:
+        name, shapes = hidden[0], ", ".join(str(tuple(tensor.shape)) for tensor in watcher.found)
+        raise RecordError(
+            f"{name}.apply was called by another name, as made by f = {name}.apply, which this version of torch "
+            f"hides from the recorder, next to tensors that require grad and are no arguments of the call (shape "
+            f"{shapes}). Write {name}.apply(...) where it is called, or pass those tensors: fmodel(x, tensor)."
+        )

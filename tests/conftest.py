@@ -44,7 +44,10 @@ def read_global_state() -> GlobalState:
             for name, hooks in vars(torch.nn.modules.module).items()
             if name.startswith("_global_") and isinstance(hooks, dict)
         },
-        "custom functions' apply": "apply" in vars(torch.autograd.function._SingleLevelFunction),
+        "custom functions' apply": (
+            vars(torch.autograd.Function)["apply"],
+            vars(torch.autograd.function._SingleLevelFunction).get("apply"),
+        ),
     }
     if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):  # not yet in torch 2.6
         state["hooks on saved tensors"] = torch._C._autograd._top_saved_tensors_default_hooks(True)

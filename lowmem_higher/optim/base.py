@@ -167,7 +167,10 @@ class DifferentiableOptimizer:
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
         """The pure update rule of one parameter; see NOTE [ Pure update rules ]."""
-        raise NotImplementedError(f"{type(self).__name__} has no update rule: override `update`.")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no update rule. Write one: def update(self, param, grad, state, group): return "
+            'param - group["lr"] * grad, {**state}.'
+        )
 
     def gradients(
         self, loss: Tensor, params: Sequence[Tensor], *, create_graph: bool, retain_graph: bool = True
@@ -360,7 +363,10 @@ class DifferentiableOptimizer:
         if not callable(loss) and args:
             named: list[Any] = [params, override, grad_callback]
             if len(args) > 3 or any(value is not None for value in named[: len(args)]):
-                raise TypeError("step(loss, params, override, grad_callback) got an argument too many, or one twice.")
+                raise TypeError(
+                    "step(loss, params, override, grad_callback) got an argument too many, or one twice. Name them: "
+                    "diffopt.step(loss, override=..., grad_callback=...)."
+                )
             params, override, grad_callback, *_ = [*args, *named[len(args) :]]
             args = ()
         if not callable(loss) and (kwargs or isinstance(params, Tensor)):
@@ -493,7 +499,10 @@ class DifferentiableOptimizer:
             )
         count = 1 + max(self.held, default=-1) if self._fmodel is None else len(self._fmodel._view.slots)
         if given is not None and len(given) < count:
-            raise ValueError(f"step got {len(given)} tensors in params, and the optimizer was made with {count}.")
+            raise ValueError(
+                f"step got {len(given)} tensors in params, and the optimizer was made with {count}. Give all, in their "
+                "order, as step returned them: params = diffopt.step(loss, params=params)."
+            )
         if self._fmodel is None:
             return given
         current = self._fmodel._view.current
@@ -626,7 +635,10 @@ class DifferentiableOptimizer:
                 )
             if not any(key in group for group in self.param_groups):
                 known = ", ".join(repr(name) for name in self.param_groups[0] if name != "params")
-                raise ValueError(f"override[{key!r}] names no hyperparameter of this optimizer; it has {known}.")
+                raise ValueError(
+                    f"override[{key!r}] names no hyperparameter of this optimizer; it has {known}. Write one of them, "
+                    "as in override={'lr': [value]}."
+                )
             for index, group in enumerate(self.param_groups):
                 group[key] = values[0] if len(values) == 1 else values[index]
 
@@ -685,7 +697,8 @@ def check_loss(loss: object) -> float:
     """The value of a loss; refuses what no step can be taken from: anything but a finite scalar tensor with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"step(loss) needs a scalar tensor or a function that returns one, and got {type(loss).__name__}."
+            f"step(loss) needs a scalar tensor or a function that returns one, and got {type(loss).__name__}. Write "
+            "diffopt.step(loss), without .item() or .backward(), or diffopt.step(fn, *args)."
         )
     if loss.numel() != 1:
         raise ValueError(f"The loss has shape {tuple(loss.shape)}; a step needs a scalar: diffopt.step(loss.mean()).")

@@ -67,7 +67,10 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Mapping[str
             )
         if any(name not in group for group in groups):
             known = ", ".join(repr(key) for key in groups[0] if key != "params")
-            raise ValueError(f"override[{name!r}] names no hyperparameter of this optimizer; it has {known}.")
+            raise ValueError(
+                f"override[{name!r}] names no hyperparameter of this optimizer; it has {known}. Write one of them, as "
+                "in {'lr': [value]}."
+            )
     learned = [
         {name: _like(group[name], values[0 if len(values) == 1 else index], name) for name, values in override.items()}
         for index, group in enumerate(groups)

@@ -89,7 +89,10 @@ def register_optim(
         {'step': 1}
     """
     if not (isinstance(optim_type, type) and issubclass(optim_type, torch.optim.Optimizer)):
-        raise TypeError(f"register_optim needs a class of torch optimizers first, and got {optim_type!r}.")
+        raise TypeError(
+            f"register_optim needs a class of torch optimizers first, and got {optim_type!r}. Give the class, no "
+            "instance: register_optim(type(opt), rule)."
+        )
     if isinstance(rule, type):
         if not issubclass(rule, DifferentiableOptimizer) or elementwise:
             raise TypeError(
@@ -102,7 +105,8 @@ def register_optim(
     else:
         raise TypeError(
             "register_optim needs a subclass of DifferentiableOptimizer second, or a function "
-            f"rule(param, grad, state, group), and got {rule!r}."
+            f"rule(param, grad, state, group), and got {rule!r}. The simplest: def rule(param, grad, state, group): "
+            'return param - group["lr"] * grad, {**state}.'
         )
 
 
@@ -163,7 +167,10 @@ def get_diff_optim(
         0.1
     """
     if not isinstance(opt, torch.optim.Optimizer):
-        raise TypeError(f"The optimizer must be a torch.optim.Optimizer, and is {type(opt).__name__}.")
+        raise TypeError(
+            f"The optimizer must be a torch.optim.Optimizer, and is {type(opt).__name__}. Build one over the model's "
+            "parameters: torch.optim.SGD(model.parameters(), lr=0.1)."
+        )
     return _rule_for(type(opt))(
         opt,
         reference_params,

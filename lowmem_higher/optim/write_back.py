@@ -30,14 +30,17 @@ def write_back(
     if len(params) != len(weights):
         raise ValueError(
             f"The model has {len(params)} parameters and the functional model {len(weights)}. Commit to the model that "
-            "innerloop_ctx was given."
+            "innerloop_ctx was given: diffopt.commit(model, opt)."
         )
     for (name, param), weight in zip(params, weights, strict=True):
         _check(name, param, weight)
     own, buffers = _buffers(model), _buffers(fmodel)
     if own.keys() != buffers.keys():
         names = ", ".join(sorted(own.keys() ^ buffers.keys()))
-        raise ValueError(f"Model and functional model differ in their buffers: {names}.")
+        raise ValueError(
+            f"Model and functional model differ in their buffers: {names}. Commit to the model that innerloop_ctx was "
+            "given, diffopt.commit(model, opt), and register buffers before the context."
+        )
     for name, buffer in buffers.items():
         if buffer is not None and own[name] is not None:
             _check(name, own[name], buffer)
@@ -76,7 +79,8 @@ def _check(name: str, old: Tensor | None, new: Tensor) -> None:
     if old is not None and (old.shape != new.shape or old.dtype != new.dtype):
         raise ValueError(
             f"{name} is {old.dtype} of shape {tuple(old.shape)} in the model, and {new.dtype} of shape "
-            f"{tuple(new.shape)} after the loop. Commit to the model that innerloop_ctx was given."
+            f"{tuple(new.shape)} after the loop. Commit to the model that innerloop_ctx was given: "
+            "diffopt.commit(model, opt)."
         )
 
 
