@@ -187,7 +187,7 @@ class _BlockCall:
         if watcher.found:
             raise NotImplementedError(
                 f"a block of class {type(self._module).__name__} reads a tensor that is neither its argument nor its "
-                f"parameter (shape {tuple(watcher.found[0].shape)})"
+                f"parameter (shape {tuple(watcher.found[0].shape)}; pass it as an argument, block(x, tensor))"
             )
         leaves: list[Any] = []
         self._result_structure = flatten(out, leaves)

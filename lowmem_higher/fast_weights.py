@@ -130,7 +130,7 @@ class FunctionalView:
         if self.caller is not None and self.caller.inside:
             raise RecordError(
                 f"{what} inside forward, grad_callback or a function given to step, which a replay runs again. "
-                f"{instead} in the loop, and pass what is needed as an argument."
+                f"{instead} in the loop, and pass what is needed as an argument: fmodel(x, tensor)."
             )
 
     def take_assigned(self) -> None:
@@ -263,8 +263,8 @@ def alive(module: weakref.ref[AnyModule]) -> AnyModule:
     found = module()
     if found is None:
         raise ReferenceError(
-            "The functional model of this context was deleted while its optimizer is in use. Keep a reference to it: "
-            "`with innerloop_ctx(...) as (fmodel, diffopt):`, and return fmodel from a function that returns diffopt."
+            "The functional model of this context was deleted while a part of it is in use. Keep a reference to it: "
+            "`with innerloop_ctx(...) as (fmodel, diffopt):`, and return fmodel, not fmodel.layer alone."
         )
     return found
 

@@ -174,8 +174,9 @@ class LiveModule:
             if watcher.foreign_writes and torch.is_grad_enabled():
                 raise RecordError(
                     f"{describe(target)} writes into a tensor that is no buffer of the model "
-                    f"({watcher.foreign_writes[0]}), and a replay would write again. Register it as a buffer, put "
-                    "another module (a teacher) in eval mode, or make the call in the loop and pass its result."
+                    f"({watcher.foreign_writes[0]}), and a replay would write again. Register it as a buffer, "
+                    "self.register_buffer(name, tensor); put another module in eval mode, teacher.eval(); or call "
+                    "it in the loop and pass its result, fmodel(x, teacher(x))."
                 )
             if not same_rng(rng, capture_rng(recorder.devices)):
                 node.rng = rng

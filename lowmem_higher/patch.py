@@ -204,7 +204,7 @@ def refuse_originals(found: list[Tensor], originals: Container[int], what: str) 
     if any(id(tensor) in originals for tensor in found):
         raise RecordError(
             f"{what} reads a parameter of the original model, not the fast weight in its place: an attribute, closure "
-            "or another object leads to it. Reach it through self, as a submodule."
+            "or another object leads to it. Reach it through self, as a submodule: self.layer(x), not model.layer(x)."
         )
 
 

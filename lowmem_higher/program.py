@@ -102,7 +102,7 @@ class StepProgram:
             results.append((tensors_in(out), leaves, after))
         return [values[ref.kind](ref) for ref in wanted]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The program as code that a person can read."""
 
         def name(ref: Ref) -> str:

@@ -543,8 +543,8 @@ def check_mark(record: StepRecord, mark: Mark, weights: list[Tensor], state: Sta
         "with: the largest difference of a norm or sum is "
         f"{(found - expected).abs().max().item() if len(found) == len(expected) else float('nan'):.3g}. Likely causes: "
         "grad_callback reads something that changed since (bind it with functools.partial); fast weights or optimizer "
-        "state were changed by other means than diffopt.step and fmodel.update_params; kernels that are not "
-        "deterministic."
+        "state were changed by other means than diffopt.step and fmodel.update_params([...]); kernels that are not "
+        "deterministic (torch.use_deterministic_algorithms(True))."
     )
 
 
@@ -612,5 +612,6 @@ def mismatch_error(record: Compared, difference: str) -> ReplayMismatchError:
         "grad_callback or the function given to step reads something that changed since and is no argument (a global, "
         "a list, an attribute of another object); it draws random numbers from numpy or random; the model writes into "
         "tensors that are not buffers; kernels that are not deterministic. Pass what changes as an argument, use "
-        "torch's generators, register_buffer for state."
+        "torch's generators, register_buffer for state; or let the step be a function of all it needs, "
+        "diffopt.step(fn, *args)."
     )

@@ -279,7 +279,7 @@ def taylor_test(
     if not noise < 1e-6 * (abs(base) + abs(slope)):
         raise ValueError(
             f"taylor_test: two calls of f at the same point, up to rounding, differ by {noise:.1e} (f is {base:.6g}). "
-            "f must compute everything anew from its arguments: copy the model inside f, seed numpy inside f."
+            "f must compute everything anew from its arguments: inside f copy.deepcopy(model) and numpy.random.seed(0)."
         )
     ladder: list[tuple[float, float]] = []
     for h in (step * 4.0**-i for i in range(13)):
@@ -395,7 +395,7 @@ def assert_matches_unrolled(
         if not 0.0 < _norm([gradient]) < math.inf:
             raise AssertionError(
                 f"the full unroll's gradient {name} has norm {_norm([gradient])}, and to agree with it proves nothing. "
-                "Choose data and weights for which it is finite and not zero, or leave it out of what loop returns."
+                "Choose data for which it is finite and not zero, x = torch.randn(...), or do not return it."
             )
 
     differences: dict[str, float] = {}
@@ -406,7 +406,7 @@ def assert_matches_unrolled(
         if gradients.keys() != reference.keys():
             raise AssertionError(
                 f"{label}: loop returns {list(gradients)}, but {list(reference)} in the full unroll. Return the same "
-                "gradients under every setting, in the same order."
+                "gradients under every setting, in the same order: return torch.autograd.grad(outer_loss, wanted)."
             )
         differences[label] = 0.0
         for name, gradient in gradients.items():

@@ -34,7 +34,7 @@ def check_real(param: Tensor, name: str) -> None:
     if param.is_complex():
         raise ValueError(
             f"{name} has no rule for complex parameters (one is {param.dtype}), in torch.optim neither. Hold real and "
-            "imaginary part as two parameters, or give this one to another optimizer."
+            "imaginary part as two parameters, torch.view_as_real(w), or give this one to torch.optim.SGD."
         )
 
 

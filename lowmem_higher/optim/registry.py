@@ -217,7 +217,7 @@ def create_diff_optim(
     if not (isinstance(opt_type, type) and issubclass(opt_type, torch.optim.Optimizer)):
         raise TypeError(
             f"create_diff_optim needs a class of torch optimizers first, and got {opt_type!r}; an optimizer that "
-            "exists goes to get_diff_optim."
+            "exists goes to get_diff_optim(opt, fmodel.parameters(), fmodel=fmodel)."
         )
     rule = _rule_for(opt_type)
     if params is None and fmodel is None:
