@@ -226,7 +226,9 @@ def a_derivative_of_the_outer_derivative() -> None:
 def a_model_that_was_dropped() -> None:
     def layer() -> Any:
         net = nn.Sequential(nn.Linear(2, 1), nn.Tanh())
-        with higher.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.1)) as (fnet, _):
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        with higher.innerloop_ctx(net, opt, checkpoint_every=2) as (fnet, diffopt):
+            diffopt.step(fnet(torch.ones(3, 2)).mean())
             return fnet[0]
 
     layer()(torch.ones(3, 2))
