@@ -590,7 +590,8 @@ class Scan:
         if not math.isfinite(value):
             raise ValueError(
                 f"The loss of step {index} of a scan is {value}, and no gradient goes through that. Lower the learning "
-                "rate, or clip gradients in the function."
+                "rate, override={'lr': [0.01]}, or take the steps one by one and clip: "
+                "diffopt.step(fn, batch, grad_callback=higher.clip_grad_norm(1.0))."
             )
         return ScanStep(self, index, time, trace, run, value, inputs.versions, previous), following
 
