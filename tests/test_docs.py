@@ -19,6 +19,7 @@ import lowmem_higher
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".docs"
 WRITTEN = sorted(SITE.glob("*.md"))
+RUN = ["tutorial.md", "howto.md", "faq.md"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "lowmem_higher").glob("*.md")), *WRITTEN]
 
 
@@ -33,24 +34,23 @@ def relative(page: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- code
 
 
-@pytest.mark.parametrize("name", ["tutorial.md", "howto.md", "faq.md"])
-def test_the_blocks_of_a_page_run_one_after_the_other(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", [*(SITE / name for name in RUN), ROOT / "lowmem_higher" / "README.md"], ids=relative)
+def test_the_blocks_of_a_page_run_one_after_the_other(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict[str, Any] = {}
-    found = blocks(SITE / name, "python")
+    found = blocks(page, "python")
     assert found
     for number, block in enumerate(found, 1):
         try:
-            exec(compile(block, f"{name}, block {number}", "exec"), namespace)
+            exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
         except Exception as error:
-            error.add_note(f"{name}, block {number}:\n{block}")
+            error.add_note(f"{page.name}, block {number}:\n{block}")
             raise
 
 
 def test_no_page_has_code_that_nothing_runs() -> None:
-    """Python of the tour is part of a loop; that of the migration guide has a test of its own."""
-    run = {"README.md", "lowmem_higher/MIGRATION.md", ".docs/tutorial.md", ".docs/howto.md", ".docs/faq.md"}
-    with_python = {relative(page) for page in PAGES if blocks(page, "python")}
-    assert with_python - run == {"lowmem_higher/README.md"}
+    """That of README.md and of the migration guide has tests of its own."""
+    run = {"README.md", "lowmem_higher/README.md", "lowmem_higher/MIGRATION.md", *(f".docs/{name}" for name in RUN)}
+    assert {relative(page) for page in PAGES if blocks(page, "python")} == run
     languages = {
         language for page in PAGES for language in re.findall(r"^```(\S+)$", page.read_text("utf-8"), re.MULTILINE)
     }
@@ -98,7 +98,8 @@ def test_the_diff_leads_from_the_gradient_of_higher_to_the_same(page: Path) -> N
 def test_commands_name_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     from lowmem_higher.__main__ import main
 
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    pages = [*PAGES, ROOT / "benchmarks" / "README.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     commands = set(re.findall(r"-m lowmem_higher (\w+)", text))
     assert {"demo", "doctor", "profile"} <= commands
     for command in commands:
@@ -123,7 +124,9 @@ def test_tests_that_the_laws_name_are_there() -> None:
 
 
 # The links of gathered pages are checked by the build of the site, with warnings as errors.
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != SITE], ids=relative)
+@pytest.mark.parametrize(
+    "page", [*(page for page in PAGES if page.parent != SITE), ROOT / "benchmarks" / "README.md"], ids=relative
+)
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     for link in (link for link in links if "://" not in link):
