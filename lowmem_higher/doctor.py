@@ -202,6 +202,7 @@ def _gradients(device: torch.device) -> Iterator[Finding]:
             {"checkpoints": 2},
             {"checkpoints": 2, "steps": _STEPS, "store": folder},
             {"memory_budget": "1GiB"},
+            {"checkpoint_every": None, "recomputed": True},
             {"checkpoint_every": 3, "recomputed": True},
         ]
         for setting in settings:

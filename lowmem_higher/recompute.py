@@ -32,7 +32,7 @@ def _replacement(original: Any) -> Any:
 
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
-if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl"):  # torch 2.15
+if hasattr(torch.utils.checkpoint, f"{_GENERATOR}_impl"):  # torch 2.14
     _GENERATOR = f"{_GENERATOR}_impl"
 _interception: Interception[Bind] = Interception((torch.utils.checkpoint, _GENERATOR, _replacement))
 

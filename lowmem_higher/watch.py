@@ -199,7 +199,7 @@ def _noticing(before: Any) -> Any:
 
 
 # `TorchFunctionMode` does not see `autograd.Function.apply`. Where that is Python (torch 2.13), all ways to call it end
-# in the base class, also through an alias made earlier. Where it is C (2.15), such an alias, `cube = Cube.apply` made
+# in the base class, also through an alias made earlier. Where it is C (2.14), such an alias, `cube = Cube.apply` made
 # outside of any context, stays in C. That it runs is seen by the node that it makes; its arguments are not.
 _WHERE_APPLY_IS_FOUND = _SingleLevelFunction if hasattr(vars(Function)["apply"], "__func__") else Function
 intercepted_apply: Interception[ApplyHandler] = Interception(

@@ -1,6 +1,6 @@
 """A custom function under another name, `cube = Cube.apply`, made before any context: right, or refused.
 
-Where torch's `apply` is Python the recorder sees it; where it is C (torch 2.15) nobody sees its arguments.
+Where torch's `apply` is Python the recorder sees it; where it is C (torch 2.14) nobody sees its arguments.
 """
 
 from __future__ import annotations
