@@ -12,7 +12,6 @@ Belanger, Yang and McCallum, End-to-end learning for structured prediction energ
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lowmem_higher as higher
+from lowmem_higher.examples.options import parse
 
 HALF = 32
 
@@ -52,13 +52,7 @@ def completed(energy: nn.Module, x: Tensor, steps: int, learn: bool = True) -> T
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     """Train and print; returns the error on unseen images, that of the mean image and that of the energy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="inner steps of descent (default 10)")
-    parser.add_argument("--updates", type=int, default=200, help="outer steps (default 200)")
-    parser.add_argument("--batch", type=int, default=64, help="images of one outer step (default 64)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-
+    options = parse(__doc__, arguments, steps=10, updates=200, batch=64)
     torch.manual_seed(options.seed)
     images = torch.as_tensor(load_digits().data, dtype=torch.float32) / 16
     images = images[torch.randperm(len(images))]
