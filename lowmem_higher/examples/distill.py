@@ -6,7 +6,9 @@ Learned are the 640 pixels and the learning rate, through all 60 steps of traini
 weights; the outer loss is that of 1,000 real images. Nothing is truncated, so the images are made for the whole run.
 Rivals: ten real images, one of each digit, at random; images distilled through the last 5 steps only, `--truncate 5`.
 
-RESULT
+Measured: test accuracy 93.6 % from the ten distilled images, 75.3 % from those that were distilled through the last 5
+steps only, 63.6 % from ten real ones (means of five nets, and of five draws of real ones). Peak 1.3 MiB; on `higher`
+2.2 MiB, in a third of the time: a step of so small a net has little to save. Half a minute of one core.
 
 Wang, Zhu, Torralba and Efros, Dataset distillation, arXiv 1811.10959.
 """
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 import lowmem_higher as higher
 from lowmem_higher.examples.data import digits
-from lowmem_higher.examples.options import parse
+from lowmem_higher.examples.options import parse, tell
 
 CLASSES = torch.arange(10)
 
@@ -66,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
         meta.zero_grad()
         loss.backward()
         meta.step()
-        if update % 25 == 24 or update == options.updates - 1:
-            print(f"outer step {update + 1} of {options.updates}: loss on real images {loss.item():.3f}")
+        tell(update, options, f"loss on real images {loss.item():.3f}")
     distilled = accuracy(images.detach(), log_rate.detach(), options.steps, test_x, test_y)
     print(f"test accuracy after {options.steps} steps: ten real images {real:.1%}, ten distilled ones {distilled:.1%}")
     return real, distilled

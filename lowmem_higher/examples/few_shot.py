@@ -1,8 +1,14 @@
 """Few-shot classification (MAML): learn initial weights from which 5 inner steps on 3 images tell three digits apart.
 
 A task is a choice of three digits in random order, so that the labels mean nothing before adapting; one image of each
-to adapt to, 15 to be judged by. Half of the images train the initial weights, the other half are kept for the end.
-`copy_initial_weights=False` leads the outer gradient to the model.
+to adapt to, 15 to be judged by. Half of the images train the initial weights, the other half are kept for the end, when
+fresh tasks are adapted to by a few steps without a graph (`track_higher_grads=False`).
+
+    python -m lowmem_higher.examples.few_shot
+
+Measured: accuracy on unseen images is 81.7 % from random initial weights, 89.6 % from the learned ones, 83.8 % by the
+nearest image. On digits never seen, with `--digits 7`, nothing is gained: 77.0 %, 75.3 % and 77.0 %; seven kinds are
+too few to learn from. Five steps fit anywhere: peak 1.7 MiB here and on `higher`. A quarter of a minute of one core.
 
 Finn et al., Model-agnostic meta-learning for fast adaptation of deep networks, ICML 2017.
 """
@@ -17,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lowmem_higher as higher
-from lowmem_higher.examples.options import parse
+from lowmem_higher.examples.options import parse, tell
 
 WAYS, SHOTS, QUERIES = 3, 1, 15
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -82,8 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
             (loss / options.tasks).backward()
             total += loss.item() / options.tasks
         meta.step()
-        if update % 5 == 4 or update == options.updates - 1:
-            print(f"outer step {update + 1} of {options.updates}: loss after {options.steps} inner steps {total:.3f}")
+        tell(update, options, f"loss after {options.steps} inner steps {total:.3f}")
     after = accuracy(model, unseen, options.steps)
     print(f"accuracy on unseen images after {options.steps} inner steps: {before:.1%} -> {after:.1%}")
     print(f"by the nearest image: {sum(map(nearest, unseen)) / len(unseen):.1%}")

@@ -6,7 +6,9 @@ The rule sees, for each weight alone, the gradient and two running means of it, 
 their squares, and how much of the training is over; a net of 96 numbers makes the step out of these. It starts as SGD
 with momentum, normalized. Its rivals are SGD with momentum and Adam, each with the best learning rate of four.
 
-RESULT
+Measured: the loss on test images after 100 steps is 0.127 with the learned rule, 0.140 with that which it starts from,
+0.187 with SGD and 0.141 with Adam (means of five nets). It was learned for this net and this number of steps, and not
+tried on others. Peak 1.6 MiB; on `higher` 26.9 MiB, in a third of the time. One to two minutes of one core.
 
 Andrychowicz et al., Learning to learn by gradient descent by gradient descent, NeurIPS 2016.
 """
@@ -19,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import lowmem_higher as higher
 from lowmem_higher.examples.data import Data, digits
-from lowmem_higher.examples.options import parse
+from lowmem_higher.examples.options import parse, tell
 
 BATCH = 50
 RIVALS: dict[str, list[Any]] = {
@@ -35,9 +37,8 @@ RIVALS: dict[str, list[Any]] = {
 def optimizer_of(rule: nn.Module, horizon: int) -> type[torch.optim.Optimizer]:
     """A class of optimizers whose steps are those of the rule; written as `higher` wants it, too."""
 
-    class Learned(torch.optim.Optimizer):
-        def __init__(self, params: Any) -> None:
-            super().__init__(params, {})
+    class Learned(torch.optim.SGD):
+        """A class of its own, for a rule of its own."""
 
     class Differentiable(higher.optim.DifferentiableOptimizer):
         def _update(self, grouped_grads: Any, **_: Any) -> None:
@@ -57,7 +58,7 @@ def optimizer_of(rule: nn.Module, horizon: int) -> type[torch.optim.Optimizer]:
     return Learned
 
 
-def trained(data: Data, steps: int, opt_of: Any, **settings: object) -> nn.Module:
+def trained(data: Data, steps: int, opt_of: Any, **settings: object) -> Any:
     """A new net trained by the optimizer that `opt_of` makes for its parameters, as a functional model."""
     x, y = data
     net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
@@ -65,8 +66,7 @@ def trained(data: Data, steps: int, opt_of: Any, **settings: object) -> nn.Modul
         for _ in range(steps):
             index = torch.randint(len(x), (BATCH,))
             diffopt.step(F.cross_entropy(fnet(x[index]), y[index]))
-    functional: nn.Module = fnet
-    return functional
+    return fnet
 
 
 def loss_of(data: Data, judge: Data, steps: int, opt_of: Any) -> float:
@@ -83,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     last = nn.Linear(16, 1, bias=False)
     nn.init.zeros_(last.weight)
     rule = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), last)
-
     learned = optimizer_of(rule, options.steps)
     found = {"before": loss_of(train, test, options.steps, learned)}
     meta = torch.optim.Adam(rule.parameters(), lr=0.01)
@@ -93,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         meta.zero_grad()
         outer.backward()
         meta.step()
-        if update % 10 == 9 or update == options.updates - 1:
-            print(f"outer step {update + 1} of {options.updates}: training loss {outer.item():.3f}")
+        tell(update, options, f"training loss {outer.item():.3f}")
     found["learned"] = loss_of(train, test, options.steps, learned)
     for name, rivals in RIVALS.items():
         found[name] = min(loss_of(train, test, options.steps, rival) for rival in rivals)

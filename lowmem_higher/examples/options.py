@@ -40,3 +40,9 @@ def parse(doc: str | None, arguments: Sequence[str] | None, **defaults: int) -> 
             settings[name] = getattr(options, name)
     options.settings = settings
     return options
+
+
+def tell(update: int, options: argparse.Namespace, text: str) -> None:
+    """Print how far it is, at five outer steps or so, the last one among them."""
+    if (update + 1) % max(1, options.updates // 5) == 0 or update == options.updates - 1:
+        print(f"outer step {update + 1} of {options.updates}: {text}")

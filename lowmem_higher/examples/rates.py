@@ -6,7 +6,9 @@ Both are piecewise linear in their logarithm, with 11 knots each; the 22 numbers
 SGD with momentum on 200 digits, so that weight decay matters; the outer loss is that of 400 others. The rival is the
 best constant pair of a grid, chosen on the same 400, from which the schedule starts. The last word has the test set.
 
-RESULT
+Measured: the loss on the test set is 0.190 with the best constant pair and 0.179 with the schedule, but the accuracy is
+the same, 94.2 % and 94.3 % (means of five nets). The learned learning rate is large at first and small at the end, the
+weight decay fades after half of the way. Peak 2.1 MiB; on `higher` 49.5 MiB, in a third of the time.
 
 Maclaurin, Duvenaud and Adams, Gradient-based hyperparameter optimization through reversible learning, ICML 2015.
 """
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 import lowmem_higher as higher
 from lowmem_higher.examples.data import Data, digits
-from lowmem_higher.examples.options import parse
+from lowmem_higher.examples.options import parse, tell
 
 KNOTS, BATCH = 11, 50
 GRID = list(itertools.product([0.01, 0.03, 0.1, 0.3], [1e-4, 1e-3, 1e-2]))  # learning rate, weight decay
@@ -74,8 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[float, float
         meta.zero_grad()
         loss.backward()
         meta.step()
-        if update % 5 == 4 or update == options.updates - 1:
-            print(f"outer step {update + 1} of {options.updates}: validation loss {loss.item():.3f}")
+        tell(update, options, f"validation loss {loss.item():.3f}")
     learned = knots.detach()
     for name, row in zip(("learning rate", "weight decay"), learned.exp(), strict=True):
         print(f"{name} at the knots:", " ".join(f"{value:.2g}" for value in row.tolist()))

@@ -5,7 +5,9 @@
 The weights multiply the examples' losses in all 300 steps of SGD; the outer loss is that of 100 clean images. Adam on
 the weights' logits, new batches in each run. A label is judged wrong if its weight ends below a half.
 
-RESULT
+Measured: test accuracy 88.8 % with learned weights, 85.4 % with equal ones, 85.4 % by training on the 100 clean images
+alone (means of three nets). 81.6 % of the labels are judged correctly; 60 % if all were taken to be right. Peak 2.3
+MiB; on `higher` 32.1 MiB, in a third of the time. A minute of one core.
 
 Ren, Zeng, Yang and Urtasun, Learning to reweight examples for robust deep learning, ICML 2018 (by one step, not 300).
 """
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 import lowmem_higher as higher
 from lowmem_higher.examples.data import Data, digits
-from lowmem_higher.examples.options import parse
+from lowmem_higher.examples.options import parse, tell
 
 EXAMPLES, WRONG, CLEAN, BATCH = 1000, 400, 100, 100
 
@@ -60,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         meta.zero_grad()
         loss.backward()
         meta.step()
-        if update % 5 == 4 or update == options.updates - 1:
-            print(f"outer step {update + 1} of {options.updates}: loss on clean images {loss.item():.3f}")
+        tell(update, options, f"loss on clean images {loss.item():.3f}")
     weights = torch.sigmoid(logits.detach())
     found = {
         "equal weights": accuracy(train, torch.ones(EXAMPLES), test, options.steps),
