@@ -7,8 +7,8 @@ so. It is added to the cross entropy, so that it starts as that. It is learned t
 that are 40 % wrong: the outer loss is the cross entropy on clean images. Then it trains fresh nets on classes, labels
 and images that it has not seen.
 
-Measured: accuracy on clean images of digits 5 to 9 is 73.6 % after training with the cross entropy, and 81.5 % with the
-learned loss (means of five data sets). Peak 2.5 MiB; on `higher` 14.9 MiB, in half of the time. A minute of one core.
+Measured: accuracy on clean images of digits 5 to 9 is 79.6 % after training with the cross entropy, and 87.7 % with the
+learned loss (means of ten data sets). Peak 2.5 MiB; on `higher` 14.9 MiB, in half of the time. A minute of one core.
 
 Bechtle et al., Meta-learning via learned loss, ICPR 2020.
 """
@@ -71,9 +71,10 @@ def trained(loss: nn.Module, x: Tensor, y: Tensor, steps: int, **settings: objec
 
 
 def accuracy(loss: nn.Module, tasks: Sequence[Task], steps: int) -> float:
-    """The mean share of clean images that fresh nets get right; with no graph."""
+    """The mean share of clean images that fresh nets get right, the same nets and batches for each loss; no graph."""
     total = 0.0
-    for x, y, clean_x, clean_y in tasks:
+    for seed, (x, y, clean_x, clean_y) in enumerate(tasks):
+        torch.manual_seed(seed)
         net = trained(loss, x, y, steps, track_higher_grads=False)
         total += (net(clean_x).argmax(1) == clean_y).float().mean().item() / len(tasks)
     return total
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     """Learn and print; returns the accuracy on digits 5 to 9 with the cross entropy and with the learned loss."""
     options = parse(__doc__, arguments, steps=100, updates=50, checkpoint_every=10)
     torch.manual_seed(options.seed)
-    loss, unseen = LearnedLoss(), [task(first=5) for _ in range(5)]
+    loss, unseen = LearnedLoss(), [task(first=5) for _ in range(10)]
     meta = torch.optim.Adam(loss.parameters(), lr=0.01)
     for update in range(options.updates):
         x, y, clean_x, clean_y = task(first=0)
