@@ -83,7 +83,7 @@ def test_a_learned_loss_bears_wrong_labels_of_other_classes() -> None:
 @pytest.mark.parametrize("name", ["learned_loss", "learned_optimizer", "reweight"])
 def test_examples_run_on_higher_as_well(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned_optimizer, "RIVALS", {"SGD": learned_optimizer.RIVALS["SGD"][:1]})
-    found = compare.main([name, "--updates", "1", "--steps", "12"])
+    found = compare.main([name, "--updates", "1", "--steps", "24"])
     peaks, printed = zip(*found.values(), strict=True)
     assert printed[1] == printed[2]
     assert peaks[0] < 0.8 * min(peaks[1:])
