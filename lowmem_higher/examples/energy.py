@@ -4,6 +4,11 @@ The inner loop trains no model but the tensor y: a differentiable optimizer with
 `step(loss, params=[y])` returns the new y, which is projected back to [0, 1] after every step. The energy's weights
 are the meta-parameters; they feed every inner step.
 
+    python -m lowmem_higher.examples.energy
+
+Measured: the mean squared error of completed images that were not seen is 0.0522, that of the mean image 0.0777. On
+`higher` the program runs as it is, in the same memory. Ten seconds.
+
 Such a loop is a full unroll. To checkpoint it, hold y in a module and open `innerloop_ctx` on that: see
 `lowmem_higher/MIGRATION.md`.
 
@@ -12,7 +17,6 @@ Belanger, Yang and McCallum, End-to-end learning for structured prediction energ
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import lowmem_higher as higher
+from lowmem_higher.examples.options import parse, tell
 
 HALF = 32
 
@@ -52,13 +57,7 @@ def completed(energy: nn.Module, x: Tensor, steps: int, learn: bool = True) -> T
 
 def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     """Train and print; returns the error on unseen images, that of the mean image and that of the energy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="inner steps of descent (default 10)")
-    parser.add_argument("--updates", type=int, default=200, help="outer steps (default 200)")
-    parser.add_argument("--batch", type=int, default=64, help="images of one outer step (default 64)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-
+    options = parse(__doc__, arguments, steps=10, updates=200, batch=64)
     torch.manual_seed(options.seed)
     images = torch.as_tensor(load_digits().data, dtype=torch.float32) / 16
     images = images[torch.randperm(len(images))]
@@ -71,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
         meta.zero_grad()
         loss.backward()
         meta.step()
-        if update % 50 == 49 or update == options.updates - 1:
-            print(f"outer step {update + 1} of {options.updates}: error {loss.item():.4f}")
+        tell(update, options, f"error {loss.item():.4f}")
     found = completed(energy, test_x, options.steps, learn=False).detach()
     of_the_mean = (y.mean(0) - test_y).square().mean().item()
     of_the_energy = (found - test_y).square().mean().item()
