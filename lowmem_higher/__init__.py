@@ -3,7 +3,7 @@
 `import lowmem_higher as higher`, add `checkpoint_every=10` to `innerloop_ctx`, and change nothing else.
 """
 
-from lowmem_higher import errors, optim, patch, testing, utils
+from lowmem_higher import distributed, errors, optim, patch, testing, utils
 from lowmem_higher.clip import clip_grad_norm, clip_grad_value
 from lowmem_higher.errors import (
     BatchesHeldWarning,
@@ -15,6 +15,7 @@ from lowmem_higher.errors import (
     MemoryBudgetError,
     MixedFallbackWarning,
     NothingTrainedWarning,
+    RanksDifferError,
     RecordError,
     ReplayMismatchError,
     StoreError,
@@ -39,6 +40,7 @@ __all__ = [
     "MixedFallbackWarning",
     "NothingTrainedWarning",
     "Plan",
+    "RanksDifferError",
     "RecordError",
     "ReplayMismatchError",
     "Report",
@@ -46,6 +48,7 @@ __all__ = [
     "clip_grad_norm",
     "clip_grad_value",
     "create_diff_optim",
+    "distributed",
     "errors",
     "get_diff_optim",
     "innerloop_ctx",

@@ -60,6 +60,10 @@ class HistoryFreedError(LowmemError):
     """A step's record was asked for after a backward pass without `retain_graph=True` had freed it (rule R11)."""
 
 
+class RanksDifferError(LowmemError):
+    """The processes of a group are not at the same place of the same loop, or do not hold the same weights."""
+
+
 class MemoryBudgetError(LowmemError):
     """A loop cannot run within its `memory_budget`, not even with one checkpoint."""
 

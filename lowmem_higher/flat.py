@@ -84,6 +84,8 @@ def traced(function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]) -> 
         if node.op not in ("placeholder", "call_function", "output"):
             raise NotTraceableError(f"it holds a constant tensor ({node.target})")
         if isinstance(node.target, torch._ops.OpOverload):
+            if "c10d" in node.target.namespace:
+                raise NotTraceableError(f"it calls a collective, in an order that all processes share ({node.target})")
             if torch.Tag.nondeterministic_seeded in node.target.tags:
                 raise NotTraceableError(f"it draws random numbers ({node.target})")
             if torch.Tag.data_dependent_output in node.target.tags:

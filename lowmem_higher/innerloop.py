@@ -29,6 +29,7 @@ from lowmem_higher.scan import Known
 from lowmem_higher.second_order import second_order
 from lowmem_higher.settings import Settings
 from lowmem_higher.slip import warn_of_slip
+from lowmem_higher.structure import is_dtensor
 from lowmem_higher.traced import Replays
 from lowmem_higher.trajectory import Trajectory
 
@@ -325,6 +326,12 @@ class _Wiring:
                 raise ValueError(
                     "A second optimizer joined a context with memory_budget, whose steps keep a carry each, so that no "
                     "budget holds. Say which carries to keep instead: innerloop_ctx(..., checkpoint_every=10)."
+                )
+            if any(map(is_dtensor, self._model.parameters())):
+                raise ValueError(
+                    f"memory_budget={settings.memory_budget!r} is shared out after each process has measured its own "
+                    "steps, and the model has DTensors, whose collectives all processes must call in the same order. "
+                    "Say which carries to keep instead: innerloop_ctx(..., checkpoints=10)."
                 )
             limit = budget_bytes(settings.memory_budget, self._model)
             budgeted = Budgeted(optimizer, trajectory, self._model, limit, settings.steps)

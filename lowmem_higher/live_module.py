@@ -39,7 +39,7 @@ class Twin:
 
     def __init__(self, model: nn.Module) -> None:
         self.root = copy_structure(model)
-        self.root.__class__ = functional_class(type(model))  # a function given to `step` finds the same methods
+        self.root.__class__ = functional_class(type(self.root))  # a function given to `step` finds the same methods
         self.slots = ParameterSlots(self.root)
         self.modules = list(self.root.modules())
         self.slots.install([None] * len(self.slots))

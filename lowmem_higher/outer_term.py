@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem_higher.carries import Held
 from lowmem_higher.program import StepInputs, StepProgram
-from lowmem_higher.pullback import freed_error, refuse_higher_order
+from lowmem_higher.pullback import freed_error, refuse_higher_order, whole_for_plain
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState
 from lowmem_higher.step import Carry, External, StepRecord, check_loss_value, stand_ins_for
 from lowmem_higher.truncation import LastSteps
@@ -95,7 +95,8 @@ class TermNode(torch.autograd.Function):
         refuse_higher_order()
         if ctx.record is None:
             raise freed_error()
-        grads = ctx.terms.pull_back_term(ctx.record, cotangent)
+        term = ctx.record
+        grads = whole_for_plain(ctx.terms.pull_back_term(term, cotangent), term.externals, term.externals_in)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.record = None
         return (None, None, None, *grads)

@@ -9,7 +9,8 @@ strides of the original, and its distance from a multiple of 64 bytes: kernels t
 
 Two kinds of tensors are not taken apart. One that all kept carries have in common (a frozen weight, a buffer that
 nothing writes to) is alive in any case, so it stays where it is, by reference, and has its version checked (rule R4).
-One that is more than a strided tensor (sparse, quantized, a subclass) is copied where it is.
+One that is more than a strided tensor (sparse, quantized, a subclass) is copied where it is. Of a DTensor the part of
+this process is packed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from lowmem_higher.errors import ExternalModifiedError
 from lowmem_higher.record import version_of
 from lowmem_higher.step import Carry, plain_state, state_keys
+from lowmem_higher.structure import local
 
 _ALIGNMENT = 64  # bytes; torch's allocators give no less
 
@@ -79,6 +81,31 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Sharded:
+    """How a DTensor is made from the part of it that this process holds."""
+
+    part: Place
+    mesh: Any
+    placements: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """Of the part."""
+        return self.part.span
+
+    def tensor(self, span: Tensor) -> Tensor:
+        """The tensor, from the bytes of this process."""
+        from torch.distributed.tensor import DTensor
+
+        found: Tensor = DTensor.from_local(
+            self.part.tensor(span), self.mesh, self.placements, shape=self.size, stride=self.stride
+        )
+        return found
+
+
+@dataclass(frozen=True)
 class Unpacked:
     """A tensor that stayed where it is, and its version."""
 
@@ -102,7 +129,7 @@ class Packed(Generic[Kind]):
 
     time: int
     what: str
-    places: tuple[Place | Unpacked, ...]
+    places: tuple[Place | Sharded | Unpacked, ...]
     sizes: tuple[int, ...]
     devices: tuple[torch.device, ...]
     fill: Callable[[list[Tensor]], Kind]
@@ -145,9 +172,10 @@ class Constants:
 def pack(content: Kind, time: int, constants: Constants) -> tuple[Packed[Kind], list[Tensor]]:
     """Take a carry or the like apart: what is needed to put it together, and views of its spans as bytes."""
     with torch.no_grad():
-        places: dict[int, Place | Unpacked] = {}
+        places: dict[int, Place | Sharded | Unpacked] = {}
         sharing: dict[Key, dict[int, Tensor]] = {}
-        tensors, fill = content.taken_apart()
+        wholes, fill = content.taken_apart()
+        tensors = list(map(local, wholes))
         for index, tensor in enumerate(tensors):
             if tensor in constants:
                 places[index] = Unpacked(tensor, version_of(tensor))
@@ -166,7 +194,7 @@ def pack(content: Kind, time: int, constants: Constants) -> tuple[Packed[Kind], 
             length = (max(map(_end, group.values())) - start) // item
             spans.append(narrowest.as_strided((length,), (1,), start // item).view(torch.uint8))
             for index, inside in group.items():
-                places[index] = Place(
+                place = Place(
                     span,
                     inside.dtype,
                     tuple(inside.shape),
@@ -175,10 +203,15 @@ def pack(content: Kind, time: int, constants: Constants) -> tuple[Packed[Kind], 
                     tensors[index].is_conj(),
                     tensors[index].is_neg(),
                 )
+                places[index] = place if tensors[index] is wholes[index] else _sharded(place, wholes[index])
     ordered = tuple([places[index] for index in range(len(tensors))])
     sizes, devices = tuple([span.numel() for span in spans]), tuple([span.device for span in spans])
     what = content.described(time)
     return Packed(time, what, ordered, sizes, devices, fill, content.modified_error), spans
+
+
+def _sharded(part: Place, whole: Any) -> Sharded:
+    return Sharded(part, whole.device_mesh, whole.placements, whole.shape, whole.stride())
 
 
 def blank(size: int, *, pinned: bool = False) -> Tensor:

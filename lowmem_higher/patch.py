@@ -33,6 +33,7 @@ from lowmem_higher.fast_weights import (
 )
 from lowmem_higher.recompute import follow_view
 from lowmem_higher.second_order import second_order_here
+from lowmem_higher.sharded import gather_at_calls, own_class, reshard
 from lowmem_higher.utils import get_func_params
 from lowmem_higher.watch import Watcher
 
@@ -312,6 +313,40 @@ def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | st
         target.install_buffers(copied(source.read_buffers(), where))
 
 
+def refuse_parallel(module: nn.Module) -> None:
+    """Refuse wrappers that run or synchronize a model behind autograd's back.
+
+    Raises:
+        TypeError: There is one; the message names the way.
+    """
+    for path, part in module.named_modules():
+        kind = next((name for name in _PARALLEL if any(base.__name__ == name for base in type(part).__mro__)), None)
+        if kind is not None:
+            inner = f"model.{path}.module" if path else "model.module"
+            raise TypeError(
+                f"The model {f'has a part, {path!r}, that ' if path else ''}is wrapped in {kind}, which "
+                f"{_PARALLEL[kind][0]}. Hand over what is inside, {inner}, with an optimizer over its parameters, and "
+                f"{_PARALLEL[kind][1]}."
+            )
+
+
+_AVERAGED = (
+    "average the inner gradients in each step, so that the average is differentiated too: "
+    "diffopt.step(loss, grad_callback=lowmem_higher.distributed.average)"
+)
+_PARALLEL = {
+    "DistributedDataParallel": ("averages gradients by hooks that a meta-gradient does not pass through", _AVERAGED),
+    "DataParallel": (
+        "copies the weights to several devices of one process at each call",
+        f"start one process for each device with torchrun; there {_AVERAGED}",
+    ),
+    "FullyShardedDataParallel": (
+        "swaps the weights by hooks, where fast weights cannot take their place",
+        "shard it by torch.distributed.fsdp.fully_shard(model)",
+    ),
+}
+
+
 def _params(module: nn.Module) -> list[nn.Parameter]:
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
@@ -319,6 +354,8 @@ def _params(module: nn.Module) -> list[nn.Parameter]:
             "before torch.jit.script or torch.jit.trace: innerloop_ctx(model, opt). A function of tensors can be put "
             "into the forward of an nn.Module."
         )
+    refuse_parallel(module)
+    reshard(module)
     return list(module.parameters())
 
 
@@ -333,7 +370,7 @@ def _functional(
     view.slots.install_buffers(buffers)
     view.originals = list(originals)
     root.__dict__["_view"] = view
-    root.__class__ = functional_class(type(module))
+    root.__class__ = functional_class(type(root))
     return cast(FunctionalModule, root)
 
 
@@ -344,7 +381,7 @@ def copy_structure(module: nn.Module) -> nn.Module:
     """
     copies: dict[int, Any] = {}
     for part in module.modules():
-        twin = copies[id(part)] = type(part).__new__(type(part))
+        twin = copies[id(part)] = own_class(part).__new__(own_class(part))
         object.__setattr__(twin, "__dict__", dict(part.__dict__))
     for part in module.modules():
         for name, value in part.__dict__.items():
@@ -356,6 +393,7 @@ def copy_structure(module: nn.Module) -> nn.Module:
             )
         if type(part) is nn.ParameterList:
             copies[id(part)].__class__ = _ParameterList
+    gather_at_calls(module, copies)
     root: nn.Module = copies[id(module)]
     return root
 

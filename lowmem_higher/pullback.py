@@ -28,7 +28,17 @@ from torch.utils.checkpoint import checkpoint
 from lowmem_higher.errors import HigherOrderError, HistoryFreedError
 from lowmem_higher.optim.base import State
 from lowmem_higher.program import Buffers
-from lowmem_higher.step import Carry, Layout, StepRecord, StepRun, detached_state, state_leaf, with_state_leaves
+from lowmem_higher.step import (
+    Carry,
+    External,
+    Layout,
+    StepRecord,
+    StepRun,
+    detached_state,
+    state_leaf,
+    with_state_leaves,
+)
+from lowmem_higher.structure import is_dtensor
 from lowmem_higher.truncation import LastSteps
 
 
@@ -94,10 +104,27 @@ class StepNode(torch.autograd.Function):
         if record is None:
             raise freed_error()
         grads = ctx.carries.pull_back(record, cotangents, wanted_inputs(ctx.next_functions))
+        grads = whole_for_plain(grads, record.externals, record.layout.externals_in)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.record = None
             ctx.carries.spent(record)
         return (None, None, None, *grads)
+
+
+def whole_for_plain(
+    grads: Sequence[Any], externals: Sequence[External], externals_in: Sequence[int]
+) -> list[Tensor | None]:
+    """The same gradients, the last ones of `externals_in`: those of plain tensors put together where they are DTensors.
+
+    A learning rate's is one, since it was multiplied with DTensors.
+    """
+    found = list(grads)
+    for place, index in enumerate(externals_in, len(found) - len(externals_in)):
+        external, grad = externals[index], found[place]
+        plain = not isinstance(external, Tensor) or not is_dtensor(external)
+        if plain and grad is not None and is_dtensor(grad):
+            found[place] = grad.full_tensor()
+    return found
 
 
 def wanted_inputs(edges: Sequence[tuple[Any, int]]) -> list[bool]:

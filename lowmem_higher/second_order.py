@@ -11,6 +11,9 @@ An inner loop is differentiated twice. While gradients are recorded in it, three
 * `torch._weight_norm`, under both of torch's `weight_norm`. Its kernel's second derivative is wrong without a word
   (torch 2.13 on a CPU: `gradgradcheck` fails). The formula of Salimans and Kingma (arXiv 1602.07868) is right.
 
+* Collectives of `torch.distributed` that write in place. Autograd does not see them, so the gradient of what they wrote
+  would be that of one process, without a word. On a tensor with a graph they are refused.
+
 The calls are found by their place in torch. A model that imported one of them by name, `from torch.nn.functional import
 scaled_dot_product_attention`, keeps torch's own, whose error is loud.
 """
@@ -29,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lowmem_higher.errors import RecordError
 from lowmem_higher.interception import Interception
+from lowmem_higher.structure import tensors_in
 
 _switching = threading.RLock()  # the switches of back ends are those of all threads
 
@@ -53,6 +58,17 @@ def _weight_norm(original: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
+def _refused_on_graphs(original: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(tensor.requires_grad for tensor in tensors_in([args, kwargs])):
+        raise RecordError(
+            f"torch.distributed.{original.__name__} was called on a tensor with a graph, inside an inner loop or a "
+            "backward that is differentiated (SyncBatchNorm does that). It writes in place, unseen by autograd, so "
+            "gradients would miss what comes from other processes. For a mean over processes with the right gradient "
+            "use lowmem_higher.distributed.average(tensor); to look at a value, tensor.detach().clone()."
+        )
+    return original(*args, **kwargs)
+
+
 def _instead(form: Callable[..., Any], usual: Any = None) -> Callable[[Any], Any]:
     @functools.cache
     def replacement(found: Any) -> Any:
@@ -69,6 +85,15 @@ def _instead(form: Callable[..., Any], usual: Any = None) -> Callable[[Any], Any
     return replacement
 
 
+_COLLECTIVES = [
+    name
+    for name in (
+        "all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "gather", "scatter",
+        "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send", "recv",
+    )
+    if hasattr(torch.distributed, name)
+]  # fmt: skip
+
 _interception: Interception[object] = Interception(
     (F, "scaled_dot_product_attention", _instead(_math_attention)),
     *(
@@ -76,6 +101,7 @@ _interception: Interception[object] = Interception(
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     ),
     (torch, "_weight_norm", _instead(_weight_norm)),
+    *((torch.distributed, name, _instead(_refused_on_graphs)) for name in _COLLECTIVES),
     (importlib.import_module("torch.nn.utils.weight_norm"), "_weight_norm", _instead(_weight_norm)),
 )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_higher.alike import nudged
+from lowmem_higher.current_step import CurrentStep
 from lowmem_higher.custom_rules import advance_again, is_custom
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.fast_weights import replayed_weights
@@ -19,7 +20,7 @@ from lowmem_higher.program import Buffers, Ref, StepInputs, StepProgram, modifie
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, rng_restored
 from lowmem_higher.second_order import second_order_here
-from lowmem_higher.structure import Structure, storages_of, unflatten
+from lowmem_higher.structure import Structure, bytes_of, local, storages_of, unflatten
 from lowmem_higher.watch import Watcher
 
 StateKey = tuple[int, int, str]  # parameter group, parameter in it, name
@@ -205,7 +206,7 @@ class Journal:
     @property
     def nbytes(self) -> int:
         """Bytes of them all."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(map(bytes_of, self.tensors()))
 
     @property
     def modified(self) -> Tensor | None:
@@ -399,7 +400,7 @@ class StepRecord:
             replayed_weights(self.token, weights),
             watcher.on(),
         ):
-            used = called_back(callback, grads)
+            used = called_back(callback, grads, CurrentStep(self.time, weights, replayed=True))
         if watcher.found:
             raise ReplayMismatchError(
                 f"In the replay of step {self.time} grad_callback read {len(watcher.found)} tensor(s) that "
@@ -466,10 +467,10 @@ def advance_carry(record: StepRecord, carry: Carry) -> Carry:
 def fingerprint(loss: Tensor, grads: Gradients) -> Tensor:
     """A few numbers that tell one run of a step from another: the loss, and each gradient's sum and norm."""
     with torch.no_grad():
-        parts = [loss.reshape(())]
+        parts = [local(loss).reshape(())]
         for grad in grads:
             if grad is not None:
-                parts += [_real(grad).sum(), torch.linalg.vector_norm(grad)]
+                parts += [_real(grad).sum(), torch.linalg.vector_norm(local(grad))]
         return torch.stack([part.to(loss.device, torch.float64) for part in parts])
 
 
@@ -491,14 +492,14 @@ class Mark:
 
 def _numbers(tensors: Sequence[Tensor]) -> Tensor:
     with torch.no_grad():
-        parts = [part for tensor in tensors for part in (_real(tensor).sum(), torch.linalg.vector_norm(tensor))]
+        parts = [part for tensor in tensors for part in (_real(tensor).sum(), torch.linalg.vector_norm(local(tensor)))]
         return torch.stack([part.to(tensors[0].device, torch.float64) for part in parts])
 
 
 def gradient_norms(grads: Gradients) -> list[Tensor | None]:
     """Of each gradient; None where there is none."""
     with torch.no_grad():
-        return [None if grad is None else torch.linalg.vector_norm(grad) for grad in grads]
+        return [None if grad is None else torch.linalg.vector_norm(local(grad)) for grad in grads]
 
 
 def _noise_among(norms: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -520,6 +521,7 @@ def _are_noise(norms: Tensor, dtypes: Sequence[torch.dtype | None]) -> Tensor:
 
 
 def _real(tensor: Tensor) -> Tensor:
+    tensor = local(tensor)
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 

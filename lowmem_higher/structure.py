@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Values that are part of the structure: they are immutable, compare by value and never carry a gradient.
 _CONSTANTS = (
@@ -91,6 +92,7 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
         >>> len(storages_of(matrix)), len(storages_of(matrix.to_sparse()))
         (1, 2)
     """
+    tensor = local(tensor)
     parts = _SPARSE_PARTS.get(tensor.layout)
     if parts is not None:
         with torch._C.DisableTorchFunction():  # our own reading of tensors is not to be seen
@@ -109,8 +111,25 @@ _SPARSE_PARTS: dict[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
 }
 
 
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is one of `torch.distributed.tensor`, of which each process holds a part."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds, without a graph; another tensor as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    return part
+
+
 def bytes_of(tensor: Tensor) -> int:
     """The bytes of a tensor's elements; those of a sparse one's parts."""
+    tensor = local(tensor)
     if tensor.layout is torch.strided:
         return tensor.nbytes
     return sum(storage.nbytes() for storage in storages_of(tensor))

@@ -148,7 +148,9 @@ class live_bytes(TorchDispatchMode):
 
 def _storages(value: object) -> Iterator[torch.UntypedStorage]:
     """The storages of all tensors in the arguments or the result of an operation."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and hasattr(value, "_local_tensor"):  # a DTensor
+        yield from _storages(value._local_tensor)
+    elif isinstance(value, torch.Tensor):
         if value.layout is torch.sparse_coo:
             yield from _storages((value._indices(), value._values()))
         elif not value._is_zerotensor():  # forward-mode AD's zero claims a size but has no memory

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem_higher.budget import Sizes
 from lowmem_higher.carries import Carries
+from lowmem_higher.current_step import CurrentStep
 from lowmem_higher.custom_rules import advance_first, is_custom
 from lowmem_higher.errors import CompileFallbackWarning, ExternalModifiedError, RecordError
 from lowmem_higher.fast_weights import copied
@@ -584,7 +585,7 @@ class Trajectory:
         rng = capture_rng(self._recorder.devices)
         watcher = Watcher([*weights, *(grad for grad in grads if grad is not None)])
         with torch.enable_grad(), torch._C._EnableTorchFunction(), refuse_hidden(watcher), watcher.on():
-            used = called_back(callback, grads)
+            used = called_back(callback, grads, CurrentStep(self.ledger.steps, weights))
         drawn = None if same_rng(rng, capture_rng(self._recorder.devices)) else rng
         return [None if grad is None else grad.detach() for grad in used], watcher.found, drawn
 

@@ -11,4 +11,10 @@
 They run on scikit-learn's digits, on the CPU, in a minute or two: pip install 'lowmem_higher[demo]'. What each found
 stands at its head. They run on `higher` as well, if `import lowmem_higher as higher` is changed to `import higher`,
 with `--checkpoint-every 0`; `python -m lowmem_higher.examples.compare rates --updates 1` runs one on both.
+
+For several processes:
+
+    torchrun --standalone --nproc-per-node=2 -m lowmem_higher.examples.tasks_over_ranks    each takes some tasks
+    torchrun --standalone --nproc-per-node=2 -m lowmem_higher.examples.data_parallel       each takes a part of a batch
+    torchrun --standalone --nproc-per-node=2 -m lowmem_higher.examples.sharded             each holds a part of a model
 """

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
+from lowmem_higher.current_step import CurrentStep, during
 from lowmem_higher.optim.in_place import apply_rule_in_place, run_update
 from lowmem_higher.optim.write_back import write_back
 from lowmem_higher.report import Report
+from lowmem_higher.structure import is_dtensor
 from lowmem_higher.truncation import LastSteps
 
 _JOINED_UP_TO = 1 << 14  # elements
@@ -266,7 +268,7 @@ class DifferentiableOptimizer:
             if grads[index] is not None:
                 param = params[index]
                 alike: tuple[Any, ...] = (position,)
-                if joined and param.numel() <= _JOINED_UP_TO:
+                if joined and not is_dtensor(param) and param.numel() <= _JOINED_UP_TO:
                     numbers = [(key, _compared(value)) for key, value in state.get(position, {}).items()]
                     alike = (param.dtype, param.device, *numbers)
                 batches.setdefault(alike, []).append(position)
@@ -527,7 +529,7 @@ class DifferentiableOptimizer:
         with last.inner_gradient():
             grads = self.gradients(loss, params, create_graph=track)
         if callback is not None:
-            grads = called_back(callback, grads)
+            grads = called_back(callback, grads, CurrentStep(last.taken, params))
         with torch.set_grad_enabled(track):
             new_params, new_state = self.advance(params, grads, self.state, self.param_groups)
         held = self.held
@@ -673,13 +675,14 @@ def _indexed(batches: Iterable[Any]) -> Sequence[Any]:
     return cast("Sequence[Any]", batches) if readable else list(batches)
 
 
-def called_back(callback: GradCallback, grads: Gradients) -> list[Tensor | None]:
-    """The gradients that a callback wants used.
+def called_back(callback: GradCallback, grads: Gradients, step: CurrentStep) -> list[Tensor | None]:
+    """The gradients that a callback wants used in a step.
 
     Raises:
         ValueError: It does not return one for each parameter, of the same shape.
     """
-    used: Any = callback(list(grads))
+    with during(step):
+        used: Any = callback(list(grads))
     fits = isinstance(used, (list, tuple)) and len(used) == len(grads)
     fits = fits and all(
         new is None or (isinstance(new, Tensor) and (old is None or new.shape == old.shape))
