@@ -136,7 +136,10 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, average: Average, what: str, shapes: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-            raise TypeError(f"An average is of tensors and DTensors, not of {type(tensors[0]).__name__}.")
+            raise TypeError(
+                f"An average is of tensors and DTensors, not of {type(tensors[0]).__name__}. Average a plain one: "
+                "average(tensor.as_subclass(torch.Tensor))."
+            )
         ctx.average, ctx.what, ctx.shapes = average, what, shapes
         agree(average.group, what, shapes, tensors[0].device)
         return tuple(_means(tensors, average.group))

@@ -76,6 +76,10 @@ class Recorded(Protocol):
 
     layout: Layout
 
+    @property
+    def externals(self) -> Sequence[External]:
+        """What else the node reads."""
+
 
 class StepNode(torch.autograd.Function):
     """The place of one step in the user's graph."""

@@ -243,7 +243,7 @@ def predict(
     """
     for name, value in {"steps": steps, "batch": batch, "sequence": sequence, "world": world}.items():
         if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
+            raise ValueError(f"{name}={value} must be at least 1, as in predict(..., {name}=8).")
     if batch % world:
         raise ValueError(
             f"batch={batch} sequences cannot be shared out equally to world={world} processes; give a multiple, "

@@ -483,6 +483,11 @@ class Scanned:
         return self.last.time
 
     @property
+    def externals(self) -> list[Tensor]:
+        """What is the same at all steps."""
+        return self.last.scan.function.constant
+
+    @property
     def segment(self) -> Any:
         """That of its steps."""
         return self.last.segment

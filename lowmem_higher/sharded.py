@@ -72,7 +72,8 @@ def reshard(model: nn.Module) -> None:
         if sum(placement.is_shard() for placement in placements) > 1:
             raise TypeError(
                 f"A parameter is sharded in two ways ({placements}), by fully_shard and by tensor parallelism, and an "
-                "inner loop can gather over one of them only. Use one of both."
+                "inner loop can gather over one of them only. Use one of both: fully_shard(model) without "
+                "parallelize_module(...)."
             )
 
 

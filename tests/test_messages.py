@@ -22,17 +22,15 @@ CODE = re.compile(r"\w\(|\w=|`|\w\[|--\w|->")
 INTERNAL = {"NotTraceableError", "_UnableError", "OptionError", "DivergedError", "ArgumentTypeError"}
 # To be read by a new user's eyes yet.
 UNREAD = {
-    "distributed.py",
     "loop_function.py",
     "metagradient.py",
     "run_directory.py",
     "run_states.py",
-    "scale.py",
-    "sharded.py",
     "step_log.py",
 }
 # Their fix is a part of the message that is filled in.
 FILLED_IN = {
+    "The model {}is wrapped in {}, which {}. Hand over what is inside, {}, with an optimizer over its parameters, and {}.",
     "{}={} is a {}; it must be a whole number: {}. {}",
     "{}={} must be at least 1: {}. {}",
     "{} has no differentiable update rule: {}.",
