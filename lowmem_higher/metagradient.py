@@ -1,0 +1,240 @@
+"""metagradient: an inner loop that can be written as a function, and one that survives its process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_higher.fingerprint import fingerprint_of
+from lowmem_higher.innerloop import inner_loop
+from lowmem_higher.interrupts import Interrupts
+from lowmem_higher.loop_function import LoopFunction, Meta, Outer
+from lowmem_higher.report import Report
+from lowmem_higher.resumable import Resumable
+from lowmem_higher.run_directory import opened
+from lowmem_higher.settings import Settings
+from lowmem_higher.step_log import StepLog
+
+CHECKPOINTS = 30  # where nothing else is asked for
+
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(Settings)) - {"steps", "progress"}
+_CONTEXT = frozenset(["device", "override"])
+_FIXED = {
+    "copy_initial_weights": "the initial weights are copied, and their gradients returned by name",
+    "track_higher_grads": "gradients are what is asked for",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class MetaGradient:
+    """What `metagradient` returns.
+
+    Attributes:
+        outer: The outer loss, a scalar without a graph.
+        weights: Its gradients by the initial weights, by name; None where it does not depend on one. Frozen weights are
+            not in it.
+        meta: Its gradients by `meta`, in the form of that: a dictionary or a tuple; None where it does not depend.
+        final_weights: The fast weights after the last step, by name.
+        final_buffers: The buffers after the last step (and the outer loss), by name:
+            `model.load_state_dict(found.final_weights | found.final_buffers, strict=False)`.
+        report: What it cost.
+    """
+
+    outer: Tensor
+    weights: dict[str, Tensor | None]
+    meta: dict[str, Tensor | None] | tuple[Tensor | None, ...]
+    final_weights: dict[str, Tensor]
+    final_buffers: dict[str, Tensor]
+    report: Report
+
+    def __repr__(self) -> str:
+        of_meta = self.meta.items() if isinstance(self.meta, dict) else enumerate(self.meta)
+        shown = [f"  meta[{name!r}]: {_described(grad)}" for name, grad in of_meta]
+        shown += [f"  weights[{name!r}]: {_described(grad)}" for name, grad in self.weights.items()]
+        return "\n".join([f"MetaGradient: outer loss {self.outer.item():.6g}, gradients", *shown, repr(self.report)])
+
+
+def _described(grad: Tensor | None) -> str:
+    return "none" if grad is None else f"shape {tuple(grad.shape)}, norm {torch.linalg.vector_norm(grad).item():.3g}"
+
+
+def metagradient(
+    loss_fn: Callable[..., Tensor],
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    batches: Any,
+    *,
+    steps: int,
+    outer: Outer | Mapping[int, Outer],
+    meta: Meta = (),
+    run_dir: str | os.PathLike[str] | None = None,
+    progress: bool | str = True,
+    **settings: Any,
+) -> MetaGradient:
+    """TODO"""
+    function, chosen, context = _checked(loss_fn, batches, steps, outer, meta, progress, settings)
+    if run_dir is None:
+        return _in_memory(function, model, opt, chosen, context, steps)
+    chosen = _for_files(chosen)
+    with Interrupts() as interrupts, opened(Path(run_dir)) as files:
+        fingerprint = fingerprint_of(
+            model, opt, steps, chosen, context["override"], context["device"],
+            dict(zip(function.names, function.tensors, strict=True)), batches, loss_fn, function.terms,
+        )  # fmt: skip
+        run = Resumable(
+            function, model, opt, context["override"], context["device"], chosen, steps, files, fingerprint, interrupts
+        )
+        final, adjoint, report = run.run()
+    names = [name for name, _ in model.named_parameters()]
+    return MetaGradient(
+        final.outer,
+        {
+            name: adjoint.weights.get(index)
+            for index, (name, param) in enumerate(model.named_parameters())
+            if param.requires_grad
+        },
+        function.in_the_form_of_meta([adjoint.meta.get(index) for index in range(len(function.tensors))]),
+        final.weights,
+        final.buffers,
+        report,
+    )
+
+
+def _in_memory(
+    function: LoopFunction,
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    settings: Settings,
+    context: Mapping[str, Any],
+    steps: int,
+) -> MetaGradient:
+    with inner_loop(model, opt, settings, **context) as (fmodel, diffopt):
+        initial = dict(fmodel.named_parameters())
+        total: Tensor | None = None
+        for step in range(steps + 1):
+            if step > 0:
+                function.take(diffopt, step - 1)
+            term = function.term(fmodel, step)
+            if term is not None:
+                term = term if step == steps else diffopt.outer(term)
+                total = term if total is None else total + term
+        assert total is not None
+        trained = {name: weight for name, weight in initial.items() if weight.requires_grad}
+        found = torch.autograd.grad(total, [*trained.values(), *function.tensors], allow_unused=True)
+    return MetaGradient(
+        total.detach(),
+        dict(zip(trained, found, strict=False)),
+        function.in_the_form_of_meta(found[len(trained) :]),
+        {name: weight.detach() for name, weight in fmodel.named_parameters()},
+        {name: buffer.detach() for name, buffer in fmodel.named_buffers()},
+        diffopt.report,
+    )
+
+
+def _checked(
+    loss_fn: object,
+    batches: object,
+    steps: object,
+    outer: Any,
+    meta: Any,
+    progress: bool | str,
+    keywords: dict[str, Any],
+) -> tuple[LoopFunction, Settings, dict[str, Any]]:
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn is a {type(loss_fn).__name__}; it must be a function of the functional model, a batch and meta: "
+            "def loss_fn(fmodel, batch, *meta): return criterion(fmodel(batch.x), batch.y)."
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps={steps!r} is a {type(steps).__name__}; it must be a whole number of inner steps.")
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1: so many inner steps are taken.")
+    _check_batches(batches, steps)
+    terms = _terms(outer, steps)
+    _check_meta(meta)
+    unknown = keywords.keys() - _SETTINGS - _CONTEXT
+    for name in sorted(unknown):
+        if name in _FIXED:
+            raise TypeError(f"metagradient takes no {name}: {_FIXED[name]}. Leave it out, or use innerloop_ctx.")
+        allowed = ", ".join(sorted(_SETTINGS | _CONTEXT))
+        raise TypeError(f"metagradient takes no {name!r}. Of the keywords of innerloop_ctx it takes {allowed}.")
+    chosen = {name: value for name, value in keywords.items() if name in _SETTINGS}
+    if not chosen.keys() & {"checkpoint_every", "checkpoints", "memory_budget"}:
+        chosen["checkpoints"] = CHECKPOINTS
+    bounded = chosen.get("checkpoints") is not None or chosen.get("memory_budget") is not None
+    settings = Settings(**chosen, steps=steps if bounded else None, progress=progress)
+    function = LoopFunction(loss_fn, batches, terms, meta, StepLog(steps), settings.verify != "off")
+    return function, settings, {"device": keywords.get("device"), "override": keywords.get("override")}
+
+
+def _check_batches(batches: Any, steps: int) -> None:
+    indexed = hasattr(batches, "__getitem__") and hasattr(batches, "__len__") and not isinstance(batches, Mapping)
+    if not indexed and not callable(batches):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which cannot be read again at a step's replay. Give a sequence, "
+            "list(loader), or a function of the step number, lambda t: (x[index[t]], y[index[t]])."
+        )
+    if indexed and len(batches) < steps:
+        raise ValueError(
+            f"There are {len(batches)} batches for steps={steps}. To go through them again and again give a function "
+            "of the step number: lambda t: batches[t % len(batches)]."
+        )
+
+
+def _terms(outer: Any, steps: int) -> dict[int, Outer]:
+    if callable(outer):
+        return {steps: outer}
+    if not isinstance(outer, Mapping) or not outer or not all(map(callable, outer.values())):
+        raise TypeError(
+            "outer must be a function of the functional model, or a dictionary that says after how many steps which "
+            "function is added: outer={50: validate, 100: validate}."
+        )
+    wrong = [at for at in outer if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at <= steps]
+    if wrong:
+        raise ValueError(f"outer has a term after {wrong[0]!r} steps; it can be after 0 to {steps} (steps) of them.")
+    return {at: outer[at] for at in sorted(outer)}
+
+
+def _check_meta(meta: Any) -> None:
+    if isinstance(meta, Tensor) or not isinstance(meta, (Mapping, Sequence)):
+        raise TypeError(
+            f"meta is a {type(meta).__name__}; it must be a sequence of tensors, meta=(w,), or a dictionary of "
+            'tensors, meta={"w": w}.'
+        )
+    named = meta if isinstance(meta, Mapping) else dict(enumerate(meta))
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"meta[{name!r}] is a {type(tensor).__name__}; it must be a tensor. What needs no gradient is for the "
+                "function itself: functools.partial(loss_fn, option=...)."
+            )
+        if not tensor.requires_grad:
+            raise ValueError(
+                f"meta[{name!r}] does not require grad, and meta is what gradients are returned for: "
+                "w.requires_grad_(), or leave it out of meta."
+            )
+        if not tensor.is_leaf:
+            raise ValueError(
+                f"meta[{name!r}] was computed from other tensors. Hand in a leaf, and go on from its gradient: "
+                "leaf = w.detach().requires_grad_(); found = metagradient(..., meta=(leaf,)); w.backward(found.meta[0])."
+            )
+    tensors = list(named.values())
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise ValueError("meta holds one tensor twice; give each once.")
+
+
+def _for_files(settings: Settings) -> Settings:
+    if settings.memory_budget is not None or settings.schedule is None:
+        what = "a full unroll" if settings.schedule is None else f"memory_budget={settings.memory_budget!r}"
+        raise ValueError(
+            f"{what} keeps whole graphs, which no file can hold. With run_dir say how many carries to keep: "
+            "checkpoints=30, or checkpoint_every=100."
+        )
+    return settings
