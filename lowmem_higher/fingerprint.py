@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowmem_higher.loop_function import LoopFunction
 from lowmem_higher.replay_state import ModuleState
 from lowmem_higher.settings import Settings
 from lowmem_higher.step_log import checksum_of
@@ -24,12 +26,8 @@ def fingerprint_of(
     opt: torch.optim.Optimizer,
     steps: int,
     settings: Settings,
-    override: Mapping[str, Sequence[Any]] | None,
-    device: torch.device | str | None,
-    meta: Mapping[str, Tensor],
-    batches: Any,
-    loss_fn: Any,
-    outer: Mapping[int, Any],
+    context: Mapping[str, Any],
+    function: LoopFunction,
 ) -> Fingerprint:
     """What a run is made of, as plain values: names, shapes, numbers, and checksums of tensors."""
     named = list(model.named_parameters())
@@ -55,13 +53,13 @@ def fingerprint_of(
         "state of the optimizer": state,
         "steps": steps,
         "settings": {name: _shown(value) for name, value in chosen.items() if name not in _MATTERS_NOT},
-        "override": _shown(override),
-        "device": str(device),
+        "override": _shown(context["override"]),
+        "device": str(context["device"]),
         "default dtype": str(torch.get_default_dtype()),
-        "meta": {name: _shown(tensor) for name, tensor in meta.items()},
-        "batches": len(batches) if hasattr(batches, "__len__") else "a function",
-        "loss_fn": _name(loss_fn),
-        "outer": {str(step): _name(fn) for step, fn in outer.items()},
+        "meta": {name: _shown(tensor) for name, tensor in zip(function.names, function.tensors, strict=True)},
+        "batches": len(function.batches) if hasattr(function.batches, "__len__") else "a function",
+        "loss_fn": _name(function.loss_fn),
+        "outer": {str(step): _name(fn) for step, fn in function.terms.items()},
     }
 
 
@@ -86,6 +84,8 @@ def _plain(entry: Mapping[str, Any], skip: str = "") -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """A value that JSON can hold, and that is equal for equal values."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # nan is not equal to itself
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""An inner loop that is a function: its batches, its loss, its terms of the outer loss, and what it is differentiated by."""
+"""An inner loop that is a function: batches, loss, terms of the outer loss, and what it is differentiated by."""
 
 from __future__ import annotations
 

@@ -16,9 +16,13 @@ from lowmem_higher.fingerprint import fingerprint_of
 from lowmem_higher.innerloop import inner_loop
 from lowmem_higher.interrupts import Interrupts
 from lowmem_higher.loop_function import LoopFunction, Meta, Outer
+from lowmem_higher.piece_plan import PiecePlan
+from lowmem_higher.pieces import Pieces
+from lowmem_higher.progress import Work
 from lowmem_higher.report import Report
 from lowmem_higher.resumable import Resumable
 from lowmem_higher.run_directory import opened
+from lowmem_higher.schedule import Periodic, Revolve
 from lowmem_higher.settings import Settings
 from lowmem_higher.step_log import StepLog
 
@@ -78,33 +82,24 @@ def metagradient(
     progress: bool | str = True,
     **settings: Any,
 ) -> MetaGradient:
-    """TODO"""
+    """Gradients of an outer loss through an inner loop that is a function."""
     function, chosen, context = _checked(loss_fn, batches, steps, outer, meta, progress, settings)
     if run_dir is None:
         return _in_memory(function, model, opt, chosen, context, steps)
-    chosen = _for_files(chosen)
+    schedule = _schedule_in_files(chosen)
     with Interrupts() as interrupts, opened(Path(run_dir)) as files:
-        fingerprint = fingerprint_of(
-            model, opt, steps, chosen, context["override"], context["device"],
-            dict(zip(function.names, function.tensors, strict=True)), batches, loss_fn, function.terms,
-        )  # fmt: skip
-        run = Resumable(
-            function, model, opt, context["override"], context["device"], chosen, steps, files, fingerprint, interrupts
-        )
-        final, adjoint, report = run.run()
-    names = [name for name, _ in model.named_parameters()]
-    return MetaGradient(
-        final.outer,
-        {
-            name: adjoint.weights.get(index)
-            for index, (name, param) in enumerate(model.named_parameters())
-            if param.requires_grad
-        },
-        function.in_the_form_of_meta([adjoint.meta.get(index) for index in range(len(function.tensors))]),
-        final.weights,
-        final.buffers,
-        report,
-    )
+        plan = PiecePlan(schedule, steps, 0 if chosen.truncate is None else max(0, steps - chosen.truncate))
+        fingerprint = fingerprint_of(model, opt, steps, chosen, context, function)
+        work = Work(progress)
+        pieces = Pieces(function, model, opt, chosen, context, steps, work.ran)
+        final, adjoint, report = Resumable(pieces, plan, function.log, files, fingerprint, interrupts, work).run()
+    reached = {
+        name: adjoint.weights.get(index) if plan.end == 0 or index not in pieces.made else None
+        for index, (name, param) in enumerate(model.named_parameters())
+        if param.requires_grad
+    }
+    of_meta = function.in_the_form_of_meta([adjoint.meta.get(index) for index in range(len(function.tensors))])
+    return MetaGradient(final.outer, reached, of_meta, final.weights, final.buffers, report)
 
 
 def _in_memory(
@@ -171,7 +166,7 @@ def _checked(
     bounded = chosen.get("checkpoints") is not None or chosen.get("memory_budget") is not None
     settings = Settings(**chosen, steps=steps if bounded else None, progress=progress)
     function = LoopFunction(loss_fn, batches, terms, meta, StepLog(steps), settings.verify != "off")
-    return function, settings, {"device": keywords.get("device"), "override": keywords.get("override")}
+    return function, settings, {name: keywords.get(name) for name in sorted(_CONTEXT)}
 
 
 def _check_batches(batches: Any, steps: int) -> None:
@@ -223,18 +218,19 @@ def _check_meta(meta: Any) -> None:
         if not tensor.is_leaf:
             raise ValueError(
                 f"meta[{name!r}] was computed from other tensors. Hand in a leaf, and go on from its gradient: "
-                "leaf = w.detach().requires_grad_(); found = metagradient(..., meta=(leaf,)); w.backward(found.meta[0])."
+                "leaf = w.detach().requires_grad_(), then w.backward(found.meta[0])."
             )
     tensors = list(named.values())
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         raise ValueError("meta holds one tensor twice; give each once.")
 
 
-def _for_files(settings: Settings) -> Settings:
-    if settings.memory_budget is not None or settings.schedule is None:
-        what = "a full unroll" if settings.schedule is None else f"memory_budget={settings.memory_budget!r}"
-        raise ValueError(
-            f"{what} keeps whole graphs, which no file can hold. With run_dir say how many carries to keep: "
-            "checkpoints=30, or checkpoint_every=100."
-        )
-    return settings
+def _schedule_in_files(settings: Settings) -> Periodic | Revolve:
+    schedule = settings.schedule
+    if isinstance(schedule, (Periodic, Revolve)):
+        return schedule
+    what = "The full unroll" if schedule is None else f"memory_budget={settings.memory_budget!r}"
+    raise ValueError(
+        f"{what} keeps whole graphs, which no file can hold. With run_dir say how many carries to keep: "
+        "checkpoints=30, or checkpoint_every=100."
+    )

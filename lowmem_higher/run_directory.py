@@ -116,8 +116,8 @@ class RunFiles:
 
     def _lost(self, what: str) -> RunDirectoryError:
         return RunDirectoryError(
-            f"The run in {self.path} cannot be gone on from: {what}. Nothing was computed from it. Remove the directory "
-            f"and begin anew: shutil.rmtree({str(self.path)!r})."
+            f"The run in {self.path} cannot be gone on from: {what}. Nothing was computed from it. Remove the "
+            f"directory and begin anew: shutil.rmtree({str(self.path)!r})."
         )
 
     # Files of tensors
