@@ -160,6 +160,13 @@ class Pieces:
             self._ran(0, report.first_order_runs + report.second_order_runs)
         return Adjoint(point.time, *gathered), final
 
+    def trial_adjoint(self, point: Point) -> Adjoint:
+        """Ones for the weights, to see what a leaf takes that ends there."""
+        assert point.start is not None
+        return Adjoint(
+            point.time, {index: torch.ones_like(weight) for index, weight in point.start.weights.items()}, {}, {}
+        )
+
     def sizes(self) -> tuple[int, int, int]:
         """The bytes of a carry, of an adjoint and of the end of the loop, in their files, about."""
         with self._context(None, self._settings_of_way(1)) as (fmodel, diffopt):

@@ -275,13 +275,32 @@ class Resumable:
     # Progress and signals
 
     def _foresee(self) -> None:
-        """Tell how much is to be done; of a long run, with a trial of each kind of piece."""
+        """Tell how much is to be done; of a long run, after a trial of a way and of a leaf."""
         if not self._work.shown:
             return
-        ahead = self._plan.ahead(
-            self._held(), self._position, LEAF_STEPS, None if self._here is None else self._here.time
-        )
-        self._work.begin(ahead.way, ahead.first_order + ahead.second_order)
+        weight, steps = 1.0, min(LEAF_STEPS, self._plan.steps // _TRIAL)
+        if steps >= FEWEST_STEPS:
+            weight = self._run_weight(steps)
+        here = None if self._here is None else self._here.time
+        ahead = self._plan.ahead(self._held(), self._position, self._longest_leaf(), here)
+        self._work.begin(ahead.way, ahead.first_order + ahead.second_order, weight)
+
+    def _run_weight(self, steps: int) -> float:
+        """How many steps of a way a run of a leaf takes the time of."""
+        pieces, begin, counts = self._pieces, Point(0, None, self._rng), dict(self._pieces.counts)
+        schedule = self._plan.schedule
+        slots = 1 if isinstance(schedule, Periodic) else (schedule.checkpoints + 1) // 2
+        pieces.way(begin, FEWEST_STEPS, self._signalled)
+        started = time.perf_counter()
+        gone = pieces.way(begin, steps, self._signalled)
+        between = time.perf_counter()
+        back = pieces.leaf(begin, pieces.trial_adjoint(gone), slots, self._signalled, lambda: False)
+        ended = time.perf_counter()
+        runs = self._plan.runs_of_leaf(gone.time, slots) + gone.time
+        pieces.counts = counts
+        if isinstance(back, Point):
+            return 1.0
+        return (ended - between) / runs / ((between - started) / gone.time)
 
     def _stop(self) -> NoReturn:
         steps, at = self._plan.steps, "" if self._here is None else f" before step {self._here.time}"
