@@ -76,16 +76,16 @@ def child(steps: int, run_dir: str, result: str) -> None:
 def peak_live_bytes(steps: int) -> int:
     """Of a run with files."""
     with tempfile.TemporaryDirectory() as folder:
-        measured(50, os.path.join(folder, "warm"))
+        measured(50, str(Path(folder, "warm")))
         with live_bytes() as memory:
-            measured(steps, os.path.join(folder, "run"))
+            measured(steps, str(Path(folder, "run")))
     return memory.peak
 
 
 def same_bits(steps: int) -> bool:
     """Whether a run with files gives what one without gives."""
     with tempfile.TemporaryDirectory() as folder:
-        one, other = measured(steps, None), measured(steps, os.path.join(folder, "run"))
+        one, other = measured(steps, None), measured(steps, str(Path(folder, "run")))
     pairs = [(one.outer, other.outer), (one.meta[0], other.meta[0])]
     pairs += [(one.weights[name], other.weights[name]) for name in one.weights]
     pairs += [(one.final_weights[name], other.final_weights[name]) for name in one.final_weights]
@@ -171,15 +171,15 @@ def section(result: dict[str, Any]) -> str:
     (few, few_bytes), (many, many_bytes) = live
     return "\n\n".join(
         [
-            f"`{result['command']}`: {result['steps']:,} steps of a 3-parameter model in {SLOTS} slots, with a run_dir: "
-            f"{run['seconds'] / 60:.0f} minutes.",
+            f"`{result['command']}`: {result['steps']:,} steps of a 3-parameter model in {SLOTS} slots, with a "
+            f"run_dir: {run['seconds'] / 60:.0f} minutes.",
             f"Measured with {common.describe_environment(result['environment'])}.",
             "\n".join(
                 [
                     "| what | measured |",
                     "|---|---|",
-                    f"| first-order runs, the loop included | {run['first_order_runs']:,}; the optimum of {SLOTS} slots is "
-                    f"{result['optimum']:,} ({100 * (run['first_order_runs'] / result['optimum'] - 1):+.2f} %) |",
+                    f"| first-order runs, the loop included | {run['first_order_runs']:,}; the optimum of {SLOTS} slots "
+                    f"is {result['optimum']:,} ({100 * (run['first_order_runs'] / result['optimum'] - 1):+.2f} %) |",
                     f"| second-order runs | {run['second_order_runs']:,} |",
                     f"| resident size, by tenth of the time | {min(resident):.0f} to {max(resident):.0f} MiB |",
                     f"| peak live bytes, T={few:,} and T={many:,} | {few_bytes:,} and {many_bytes:,} |",

@@ -31,9 +31,11 @@ class Interrupts:
                     signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+        if kind is None and self.received is not None:  # it came too late to be acted on
+            signal.raise_signal(self.received)
 
     def _note(self, number: int, frame: object) -> None:
         if self.received is not None:

@@ -82,17 +82,98 @@ def metagradient(
     progress: bool | str = True,
     **settings: Any,
 ) -> MetaGradient:
-    """Gradients of an outer loss through an inner loop that is a function."""
+    """Differentiate an outer loss through an inner loop that is a function; with `run_dir` in a way that survives.
+
+    It takes the steps that this loop takes, with the same engine, and returns the same gradients to the bit:
+
+        with innerloop_ctx(model, opt, checkpoints=30, steps=steps) as (fmodel, diffopt):
+            for t in range(steps):
+                diffopt.step(loss_fn(fmodel, batches[t], *meta))
+            gradients = torch.autograd.grad(outer(fmodel), [*fmodel.parameters(time=0), *meta])
+
+    Args:
+        loss_fn: `loss_fn(fmodel, batch, *meta)`, or `loss_fn(fmodel, batch, **meta)` if `meta` is a dictionary: the
+            inner loss, a scalar. It is called again at each replay, so what it reads besides must stay as it is.
+        model: The model; it is not changed.
+        opt: A torch optimizer over (some of) its parameters; its state is taken over, it is not changed.
+        batches: A sequence of at least `steps` batches, or a function of the step number. Each is read at its step and
+            again at each replay; a checksum tells whether it is the same. What it draws from torch's default generators
+            is drawn again.
+        steps: The number of inner steps.
+        outer: `outer(fmodel)`, the outer loss after the last step, a scalar; or `{steps: function}`: the sum of such
+            terms, each taken after so many steps. With `run_dir` a term is computed again at each run of its step, and
+            past weights (`time=`) cannot be asked for.
+        meta: The tensors that gradients are wanted of besides the initial weights, a sequence or a dictionary; leaves
+            that require grad. All go to `loss_fn`, also hyperparameters in `override`.
+        run_dir: A directory for the files of this run, made if it is not there. If the process is killed, the same call
+            goes on from there and returns the same gradients, to the bit on the same machine. Nothing is left in it
+            after success: the result is what is returned. One run at a time; another model, optimizer, `meta`, number
+            of steps or setting is refused as long as there are files of this one.
+        progress: True shows a bar on stderr, if that is a terminal, with the time to go; "always" also if it is a file.
+            A trial of up to a hundredth of the steps comes first, so that the time is right from the start.
+        settings: The keywords of `innerloop_ctx`: `checkpoints` (30, if nothing is said), `checkpoint_every`,
+            `override`, `device`, `pullback`, `truncate`, `first_order`, `verify`, `compile` and so on.
+            `verify="off"` compares no checksums either. With `run_dir` no `memory_budget` and no full unroll.
+
+    Returns:
+        A `MetaGradient`: the outer loss, its gradients by name for the initial weights and for `meta`, the final
+        weights, a report.
+
+    Raises:
+        TypeError, ValueError: An argument cannot be used; the message says what can.
+        ReplayMismatchError: A batch, or the loss of a step, is not what it was when the loop took that step.
+        RunDirectoryError: Another process works in `run_dir`, its run is another one, or its manifest is damaged.
+        StoreError: A file cannot be written, or the disk has too little room for what will be; what was saved stays.
+        RecordError: A forward reads what an earlier step left on the model and is no buffer (with `run_dir`).
+        KeyboardInterrupt, SystemExit: With `run_dir`, Ctrl-C or SIGTERM came: the step, or the piece of the backward,
+            was finished and saved, and the command to go on was printed. A second signal ends at once.
+
+    Warns:
+        DamagedFileWarning: A file in `run_dir` is not what was written: the run goes on from an earlier one.
+
+    Memory:
+        That of `innerloop_ctx`, and no batch but the current one. A step leaves 5 KB of Python objects until its
+        backward, so 500 MB at 100,000 steps; with `run_dir` those of 512 steps at most. The files take up to
+        `(checkpoints + 1) |carry|`, three times the gradients, the final weights and 12 bytes a step.
+
+    Passes:
+        Those of `innerloop_ctx` with known `steps`, the optimum of the slots. With `run_dir` one first-order run more
+        for each piece that is differentiated at once: 512 steps, or about half a minute. What a kill interrupts is run
+        again: up to one such piece, or a minute of the loop.
+
+    Example:
+        >>> import torch, lowmem_higher as higher
+        >>> x, y = torch.randn(20, 8, 3), torch.randn(20, 8, 1)
+        >>> net, weights = torch.nn.Linear(3, 1), torch.ones(8, 1, requires_grad=True)
+        >>> def loss(fnet, batch, weights):
+        ...     return (weights * (fnet(batch[0]) - batch[1]).square()).mean()
+        >>> found = higher.metagradient(
+        ...     loss,
+        ...     net,
+        ...     torch.optim.SGD(net.parameters(), lr=0.1),
+        ...     list(zip(x, y)),
+        ...     steps=20,
+        ...     outer=lambda fnet: (fnet(x[0]) - y[0]).square().mean(),
+        ...     meta={"weights": weights},
+        ... )
+        >>> found.meta["weights"].shape, found.weights["bias"].shape
+        (torch.Size([8, 1]), torch.Size([1]))
+
+    References:
+        Griewank and Walther, Algorithm 799: revolve, ACM Trans. Math. Softw. 26(1), 2000.
+    """
     function, chosen, context = _checked(loss_fn, batches, steps, outer, meta, progress, settings)
     if run_dir is None:
         return _in_memory(function, model, opt, chosen, context, steps)
     schedule = _schedule_in_files(chosen)
-    with Interrupts() as interrupts, opened(Path(run_dir)) as files:
+    with opened(Path(run_dir)) as files:
         plan = PiecePlan(schedule, steps, 0 if chosen.truncate is None else max(0, steps - chosen.truncate))
         fingerprint = fingerprint_of(model, opt, steps, chosen, context, function)
         work = Work(progress)
         pieces = Pieces(function, model, opt, chosen, context, steps, work.ran)
-        final, adjoint, report = Resumable(pieces, plan, function.log, files, fingerprint, interrupts, work).run()
+        with Interrupts() as interrupts:
+            final, adjoint, report = Resumable(pieces, plan, function.log, files, fingerprint, interrupts, work).run()
+        files.remove_run()
     reached = {
         name: adjoint.weights.get(index) if plan.end == 0 or index not in pieces.made else None
         for index, (name, param) in enumerate(model.named_parameters())

@@ -48,9 +48,9 @@ class PiecePlan:
 
     Example:
         >>> PiecePlan(Revolve(3, 1000), 1000).next([0], 1000, longest=100)
-        Piece(start=0, stop=560, slots=3, kept=True)
+        Piece(start=0, stop=847, slots=3, kept=True)
         >>> PiecePlan(Revolve(3, 1000), 1000).ahead([0], 1000, longest=100)
-        Ahead(way=6660, first_order=2110, second_order=1000)
+        Ahead(way=5199, first_order=6978, second_order=1000)
     """
 
     schedule: Periodic | Revolve

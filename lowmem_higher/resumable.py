@@ -74,7 +74,7 @@ class Resumable:
         self._save_seconds = 0.0
 
     def run(self) -> tuple[Final, Adjoint, Report]:
-        """Go on from what there is, to the end. The files are removed.
+        """Go on from what there is, to the end.
 
         Raises:
             RunDirectoryError: What there is is of another run.
@@ -91,7 +91,6 @@ class Resumable:
             raise
         finally:
             self._work.close()
-        self._files.remove_run()
         write_rng(final.rng)
         assert self._adjoint is not None
         return final, self._adjoint, self._pieces.report
