@@ -167,7 +167,7 @@ def section(result: dict[str, Any]) -> str:
     run, mib = result["run"], 2**20
     resident = [size / mib for size in run["resident_bytes_by_tenth"]]
     off = [100 * abs(error) for error in run["time_to_go_error_by_tenth"] if error is not None]
-    live = result["peak_live_bytes"]
+    live, over = result["peak_live_bytes"], run["first_order_runs"] / result["optimum"] - 1
     (few, few_bytes), (many, many_bytes) = live
     return "\n\n".join(
         [
@@ -179,7 +179,7 @@ def section(result: dict[str, Any]) -> str:
                     "| what | measured |",
                     "|---|---|",
                     f"| first-order runs, the loop included | {run['first_order_runs']:,}; the optimum of {SLOTS} slots "
-                    f"is {result['optimum']:,} ({100 * (run['first_order_runs'] / result['optimum'] - 1):+.2f} %) |",
+                    f"is {result['optimum']:,} ({100 * over:+.2f} %) |",
                     f"| second-order runs | {run['second_order_runs']:,} |",
                     f"| resident size, by tenth of the time | {min(resident):.0f} to {max(resident):.0f} MiB |",
                     f"| peak live bytes, T={few:,} and T={many:,} | {few_bytes:,} and {many_bytes:,} |",

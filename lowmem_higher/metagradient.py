@@ -165,9 +165,8 @@ def metagradient(
     function, chosen, context = _checked(loss_fn, batches, steps, outer, meta, progress, settings)
     if run_dir is None:
         return _in_memory(function, model, opt, chosen, context, steps)
-    schedule = _schedule_in_files(chosen)
+    plan = _planned(chosen, steps, function)
     with opened(Path(run_dir)) as files:
-        plan = PiecePlan(schedule, steps, 0 if chosen.truncate is None else max(0, steps - chosen.truncate))
         fingerprint = fingerprint_of(model, opt, steps, chosen, context, function)
         work = Work(progress)
         pieces = Pieces(function, model, opt, chosen, context, steps, work.ran)
@@ -306,12 +305,19 @@ def _check_meta(meta: Any) -> None:
         raise ValueError("meta holds one tensor twice; give each once.")
 
 
-def _schedule_in_files(settings: Settings) -> Periodic | Revolve:
+def _planned(settings: Settings, steps: int, function: LoopFunction) -> PiecePlan:
     schedule = settings.schedule
-    if isinstance(schedule, (Periodic, Revolve)):
-        return schedule
-    what = "The full unroll" if schedule is None else f"memory_budget={settings.memory_budget!r}"
-    raise ValueError(
-        f"{what} keeps whole graphs, which no file can hold. With run_dir say how many carries to keep: "
-        "checkpoints=30, or checkpoint_every=100."
-    )
+    if not isinstance(schedule, (Periodic, Revolve)):
+        what = "The full unroll" if schedule is None else f"memory_budget={settings.memory_budget!r}"
+        raise ValueError(
+            f"{what} keeps whole graphs, which no file can hold. With run_dir say how many carries to keep: "
+            "checkpoints=30, or checkpoint_every=100."
+        )
+    end = 0 if settings.truncate is None else max(0, steps - settings.truncate)
+    if end > 0 and min(function.terms) <= end:
+        raise ValueError(
+            f"outer has a term after {min(function.terms)} steps, and with truncate={settings.truncate} and run_dir "
+            f"the backward does not get there: it pulls back the steps from {end} on. Take terms after later steps, or "
+            "leave truncate or run_dir out."
+        )
+    return PiecePlan(schedule, steps, end)

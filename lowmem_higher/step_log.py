@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from lowmem_higher.errors import ReplayMismatchError
 from lowmem_higher.packing import is_strided
@@ -87,7 +88,7 @@ def checksum_of(value: Any, checksum: int = 0, depth: int = 3) -> int:
         >>> checksum_of([1, 2.0]) == checksum_of([1, 2.0]), checksum_of([1, 2.0]) == checksum_of([1, 2.5])
         (True, False)
     """
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with torch._C.DisableTorchFunction(), temporarily_clear_interpreter_stack(), torch.no_grad():
         leaves: list[Any] = []
         checksum = zlib.crc32(repr(flatten(value, leaves)).encode(), checksum)
         for leaf in leaves:
@@ -101,6 +102,8 @@ def checksum_of(value: Any, checksum: int = 0, depth: int = 3) -> int:
 
 
 def _of_tensor(tensor: Tensor, checksum: int) -> int:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # made inside a transform
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     checksum = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +19,7 @@ from torch import Tensor, nn
 import lowmem_higher as higher
 from lowmem_higher import pieces, resumable
 
-CUT = {"LEAF_STEPS": 5, "FEWEST_STEPS": 2, "SAVE_SECONDS": 0.0}  # many pieces, and a save after each step of a way
+CUT = {"LEAF_STEPS": 5, "FEWEST_STEPS": 2, "SAVE_SECONDS": 0.05}  # many pieces, and saves on each way
 
 
 class Net(nn.Module):
@@ -99,16 +105,90 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     )
 
 
+def forked(work: Callable[[], None]) -> int:
+    """Do some work in a fork of this process, which has imported torch and run nothing yet."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001  (whatever it is, this process must not go on)
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return process
+
+
+def finished(process: int) -> float:
+    """Wait for a fork that must succeed; returns the seconds of the processor that it took."""
+    _, status, usage = os.wait4(process, 0)
+    if status != 0:
+        raise RuntimeError(f"the run ended with status {status}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def used(process: int) -> float:
+    """The seconds of the processor that a fork has taken so far: moments that no other load shifts."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def phase_of(run_dir: Path) -> str:
+    """Where a run that was killed stands, by its files."""
+    names = [entry.name for entry in run_dir.iterdir()] if run_dir.exists() else []
+    if "manifest.json" not in names:
+        return "outside"
+    return "backward" if any(name.startswith("adjoint") for name in names) else "loop"
+
+
+def survive(folder: Path, steps: int, kills: dict[str, int], seed: int, a_run: int) -> dict[str, Any]:
+    """Kill runs until there were so many kills in each phase, up to `a_run` of them in one run; then let it end.
+
+    Returns:
+        How many kills there were, by phase, how many runs, and how many of these did not give the same bits.
+    """
+    chosen, result, run_dir = random.Random(seed), folder / "result.pt", folder / "run"
+
+    def run(where: Path | None) -> None:
+        torch.save(Problem().run(steps, where, checkpoints=3), result)
+
+    finished(forked(lambda: run(None)))
+    expected, began = torch.load(result), time.monotonic()
+    took = finished(forked(lambda: run(run_dir)))
+    counts, runs, wrong = {"loop": 0, "backward": 0, "outside": 0}, 0, 0
+    while any(counts[phase] < count for phase, count in kills.items()):
+        result.unlink(missing_ok=True)
+        for _ in range(a_run):
+            process = forked(lambda: run(run_dir))
+            in_loop = counts["loop"] < kills["loop"] and phase_of(run_dir) != "backward"
+            moment = chosen.uniform(0, took * (0.5 if in_loop else 1.0))
+            while used(process) < moment and not result.exists():
+                time.sleep(0.001)
+            time.sleep(chosen.uniform(0, 0.01))  # the clock above ticks that slowly
+            if result.exists():
+                finished(process)
+                break
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            counts[phase_of(run_dir)] += 1
+        if not result.exists():
+            finished(forked(lambda: run(run_dir)))
+        runs += 1
+        if os.environ.get("VERBOSE"):
+            print(counts, runs, time.monotonic() - began, flush=True)
+        wrong += not same(torch.load(result), expected) or run_dir.exists()
+    return {"kills": counts, "runs": runs, "not_the_same_bits": wrong, "seconds_of_a_run": round(took, 2)}
+
+
 def main() -> None:
-    """`survivor.py run_dir result steps`: say when it begins, run, save the result."""
-    run_dir, result, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    """`survivor.py folder steps kills_in_loop kills_in_backward seed`: kill, and print what came of it as JSON."""
+    folder, steps, in_loop, in_backward, seed = Path(sys.argv[1]), *map(int, sys.argv[2:])
     for name, value in CUT.items():
         setattr(resumable, name, value)
     pieces.WAY_STEPS = 4
     torch.set_num_threads(1)
-    problem = Problem()
-    print("begins", flush=True)
-    torch.save(problem.run(steps, None if run_dir == "none" else run_dir, checkpoints=3), result)
+    print(json.dumps(survive(folder, steps, {"loop": in_loop, "backward": in_backward}, seed, a_run=8)))
 
 
 if __name__ == "__main__":
