@@ -178,8 +178,8 @@ def section(result: dict[str, Any]) -> str:
                 [
                     "| what | measured |",
                     "|---|---|",
-                    f"| first-order runs, the loop included | {run['first_order_runs']:,}; the optimum of {SLOTS} slots "
-                    f"is {result['optimum']:,} ({100 * over:+.2f} %) |",
+                    f"| first-order runs, the loop included | {run['first_order_runs']:,}; the optimum of {SLOTS} "
+                    f"slots is {result['optimum']:,} ({100 * over:+.2f} %) |",
                     f"| second-order runs | {run['second_order_runs']:,} |",
                     f"| resident size, by tenth of the time | {min(resident):.0f} to {max(resident):.0f} MiB |",
                     f"| peak live bytes, T={few:,} and T={many:,} | {few_bytes:,} and {many_bytes:,} |",

@@ -106,7 +106,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Do some work in a fork of this process, which has imported torch and run nothing yet."""
+    """Do some work in a fork of this process."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -153,7 +153,7 @@ def survive(folder: Path, steps: int, kills: dict[str, int], seed: int, a_run: i
     def run(where: Path | None) -> None:
         torch.save(Problem().run(steps, where, checkpoints=3), result)
 
-    finished(forked(lambda: run(None)))
+    run(None)  # here, so that the forks find imported what a first run imports
     expected, began = torch.load(result), time.monotonic()
     took = finished(forked(lambda: run(run_dir)))
     counts, runs, wrong = {"loop": 0, "backward": 0, "outside": 0}, 0, 0
