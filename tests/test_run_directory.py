@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowmem_higher as higher
-from lowmem_higher import pieces, resumable
+from lowmem_higher import resumable
 from lowmem_higher.piece_plan import PiecePlan
 from lowmem_higher.run_directory import opened
 from lowmem_higher.schedule import Periodic, Revolve, optimal_runs
@@ -35,13 +35,18 @@ class Broken(BaseException):
     """Ends a run as a kill would, as far as the files go."""
 
 
+def cut_up(patch: pytest.MonkeyPatch) -> None:
+    """Many small pieces, and a save after each step of a way, which need not reach the disk."""
+    for name, value in CUT.items():
+        patch.setattr(resumable, name, value)
+    patch.setattr(resumable.Resumable, "_overdue", lambda self: True)
+    patch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture(autouse=True)
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many small pieces, and a save after each step of a way, which need not reach the disk."""
-    for name, value in {**CUT, "SAVE_SECONDS": 0.0}.items():
-        monkeypatch.setattr(resumable, name, value)
-    monkeypatch.setattr(pieces, "WAY_STEPS", 4)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    """For each test."""
+    cut_up(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -135,20 +140,26 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module")
 def broken_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run that ended in its loop, and one in its backward, with all kinds of files."""
+    """Runs that ended on the way to a carry, later in the loop, and in the backward: with all kinds of files."""
     found = {}
-    patch = pytest.MonkeyPatch()
-    for name, value in {**CUT, "SAVE_SECONDS": 0.0}.items():
-        patch.setattr(resumable, name, value)
-    for phase, read in (("loop", 13), ("backward", 31)):
-        found[phase] = tmp_path_factory.mktemp(phase) / "run"
-        assert not broken_at(read, found[phase])
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        cut_up(patch)
+        for phase, read in (("way", 7), ("loop", 13), ("way back", 28), ("backward", 31)):
+            found[phase] = tmp_path_factory.mktemp(phase) / "run"
+            assert not broken_at(read, found[phase])
     return found
 
 
-KINDS = [("loop", "carry"), ("loop", "newest"), ("loop", "steps"), *(("backward", kind) for kind in
-         ("carry", "newest", "adjoint", "final", "steps"))]  # fmt: skip
+KINDS = [
+    ("way", "newest"),
+    ("way", "steps"),
+    ("loop", "carry"),
+    ("way back", "newest"),
+    ("backward", "carry"),
+    ("backward", "adjoint"),
+    ("backward", "final"),
+    ("backward", "steps"),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
