@@ -51,7 +51,7 @@ class Progress:
     def begin(self, name: str, unit: str, total: int) -> None:
         """A phase begins that is counted by `count`."""
         if self._shown:
-            self._open(name, unit, total, 0)
+            self._open(name, unit, total, 0, smoothing=0.0)
 
     def count(self, number: int) -> None:
         """So many more."""
@@ -75,7 +75,7 @@ class Progress:
                 bar.total = bar.n + 1  # the loop is longer than was said
             bar.update()
 
-    def _open(self, name: str, unit: str, total: int | None, done: int) -> None:
+    def _open(self, name: str, unit: str, total: int | None, done: int, smoothing: float = 0.3) -> None:
         self.close()
         try:
             from tqdm import tqdm
@@ -90,6 +90,7 @@ class Progress:
                 mininterval=_REFRESH_SECONDS,
                 file=sys.stderr,
                 dynamic_ncols=True,
+                smoothing=smoothing,  # 0: the average speed foretells the rest
             )
 
 
