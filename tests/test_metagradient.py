@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from survivor import CUT, Problem, bits, same
 from torch import Tensor, nn
 
 import lowmem_higher as higher
 from lowmem_higher import pieces, resumable
 from lowmem_higher.schedule import optimal_runs
 from lowmem_higher.testing import live_bytes, taylor_test
-from tests.survivor import CUT, Problem, bits, same
 
 X = torch.sin(torch.arange(144, dtype=torch.float64)).reshape(6, 8, 3)
 Y = torch.cos(3 * torch.arange(48, dtype=torch.float64)).reshape(6, 8, 1)

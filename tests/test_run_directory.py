@@ -19,13 +19,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from survivor import CUT, Problem, same
 
 import lowmem_higher as higher
 from lowmem_higher import resumable
 from lowmem_higher.piece_plan import PiecePlan
 from lowmem_higher.run_directory import opened
 from lowmem_higher.schedule import Periodic, Revolve, optimal_runs
-from tests.survivor import CUT, Problem, same
 
 STEPS = 14
 ROOT = Path(__file__).resolve().parent.parent
