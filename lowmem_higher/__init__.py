@@ -8,6 +8,7 @@ from lowmem_higher.clip import clip_grad_norm, clip_grad_value
 from lowmem_higher.errors import (
     BatchesHeldWarning,
     CompileFallbackWarning,
+    DamagedFileWarning,
     ExternalModifiedError,
     HigherOrderError,
     HistoryFreedError,
@@ -18,9 +19,11 @@ from lowmem_higher.errors import (
     RanksDifferError,
     RecordError,
     ReplayMismatchError,
+    RunDirectoryError,
     StoreError,
 )
 from lowmem_higher.innerloop import innerloop_ctx
+from lowmem_higher.metagradient import MetaGradient, metagradient
 from lowmem_higher.optim import create_diff_optim, get_diff_optim, register_optim
 from lowmem_higher.patch import monkeypatch
 from lowmem_higher.plan import Plan, plan
@@ -32,11 +35,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchesHeldWarning",
     "CompileFallbackWarning",
+    "DamagedFileWarning",
     "ExternalModifiedError",
     "HigherOrderError",
     "HistoryFreedError",
     "LowmemError",
     "MemoryBudgetError",
+    "MetaGradient",
     "MixedFallbackWarning",
     "NothingTrainedWarning",
     "Plan",
@@ -44,6 +49,7 @@ __all__ = [
     "RecordError",
     "ReplayMismatchError",
     "Report",
+    "RunDirectoryError",
     "StoreError",
     "clip_grad_norm",
     "clip_grad_value",
@@ -53,6 +59,7 @@ __all__ = [
     "get_diff_optim",
     "innerloop_ctx",
     "install_as_higher",
+    "metagradient",
     "monkeypatch",
     "optim",
     "patch",

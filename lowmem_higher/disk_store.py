@@ -12,15 +12,12 @@ read is compared with it before any tensor is made: what was written comes back 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import os
 import shutil
 import tempfile
 import weakref
-import zlib
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic
@@ -29,8 +26,9 @@ from torch import Tensor
 
 from lowmem_higher.errors import StoreError
 from lowmem_higher.ledger import Ledger
-from lowmem_higher.packing import Constants, Kind, Packed, Place, blank, pack
+from lowmem_higher.packing import Constants, Kind, Packed, Place, pack
 from lowmem_higher.report import format_bytes
+from lowmem_higher.span_files import described, read_file, write_file
 
 
 class RunDirectory:
@@ -105,7 +103,7 @@ class InFile(Generic[Kind]):
         header = _header(packed)
         self._header_size = len(header)
         try:
-            self._checksum = _write(path, header, spans)
+            self._checksum = write_file(path, header, spans)
         except OSError as error:
             what = packed.what[0].upper() + packed.what[1:]
             raise StoreError(
@@ -130,7 +128,7 @@ class InFile(Generic[Kind]):
         self._packed.check_unpacked()
         what = f"{self._packed.what} from {self._path}"
         try:
-            spans, fault = _read(self._path, self._header_size, self._packed.sizes, self._checksum)
+            spans, fault = read_file(self._path, self._header_size, self._packed.sizes, self._checksum)
         except OSError as error:
             raise StoreError(
                 f"Cannot read {what}: {error.strerror}. It was there: the directory must be left alone until the outer "
@@ -149,70 +147,15 @@ class InFile(Generic[Kind]):
 
 def _header(packed: Packed[Any]) -> bytes:
     """For whoever finds the file: what is in it."""
-    tensors = [
-        {
-            "dtype": str(place.dtype).removeprefix("torch."),
-            "shape": place.size,
-            "stride": place.stride,
-            "span": place.span,
-            "offset": place.offset,
-        }
-        for place in packed.places
-        if isinstance(place, Place)
-    ]
+    places = [place for place in packed.places if isinstance(place, Place)]
     header = {
         "magic": "lowmem_higher carry",
         "version": 1,
         "what": packed.what,
         "span_bytes": packed.sizes,
-        "tensors": tensors,
+        "tensors": described(places),
     }
     return json.dumps(header).encode() + b"\n"
-
-
-def _write(path: Path, header: bytes, spans: Sequence[Tensor]) -> int:
-    part, checksum = path.with_suffix(".part"), 0
-    try:
-        with part.open("xb") as file:
-            file.write(header)
-            checksum = zlib.crc32(header)
-            for span in spans:
-                on_host = span.cpu()
-                memory = _memory(on_host)
-                file.write(memory)
-                checksum = zlib.crc32(memory, checksum)
-            file.write(checksum.to_bytes(4, "big"))
-        part.replace(path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-    return checksum
-
-
-def _read(path: Path, header_size: int, sizes: Sequence[int], checksum: int) -> tuple[list[Tensor], str | None]:
-    """The spans, and what is wrong with the file if something is."""
-    expected = header_size + sum(sizes) + 4
-    spans, found = [], 0
-    with path.open("rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        if length != expected:
-            return [], f"it has {length} bytes instead of {expected}"
-        found = zlib.crc32(file.read(header_size))
-        for size in sizes:
-            span = blank(size)
-            if file.readinto(_memory(span)) != size:
-                return [], "it ended while it was read"
-            found = zlib.crc32(_memory(span), found)
-            spans.append(span)
-        ending = file.read()
-    if not found == checksum == int.from_bytes(ending, "big"):
-        return [], f"its checksum is {found:08x} instead of {checksum:08x}"
-    return spans, None
-
-
-def _memory(span: Tensor) -> Any:
-    """The bytes of a tensor in host memory, as a buffer. It does not hold the tensor."""
-    return (ctypes.c_char * span.numel()).from_address(span.data_ptr()) if span.numel() else bytearray()
 
 
 # A forked process has copies of these objects; the files stay the first one's.

@@ -73,3 +73,11 @@ class StoreError(LowmemError):
 
     Its cause, an `OSError` as a rule, is in `__cause__`.
     """
+
+
+class RunDirectoryError(LowmemError):
+    """A `run_dir` cannot be gone on from: another process works in it, it is another run's, its manifest is damaged."""
+
+
+class DamagedFileWarning(UserWarning):
+    """A file of a `run_dir` did not hold what was written; the run goes on from an earlier one: slower, and exact."""

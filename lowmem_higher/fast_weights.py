@@ -88,10 +88,17 @@ class FunctionalView:
         self.last = LastSteps()
         self.start = StartOfHistory()
         self.joined: Callable[[Any], None] = _nothing_to_do  # called with each further optimizer of these weights
+        self.first = 0  # the time that the history begins with
         self.history: list[list[Tensor] | Past] = []
         self.current: list[Tensor] = []
         if weights is not None:
             self.append(weights)
+
+    def begin(self, time: int, weights: Sequence[Tensor]) -> None:
+        """Make `weights` those of `time`, and know of no earlier ones."""
+        self.history.clear()
+        self.append(weights)
+        self.first = time
 
     def append(self, weights: Sequence[Tensor], entry: Past | None = None, inside: int = 0) -> None:
         """Make `weights` the current ones, one time later; `entry` stands for them in the history if given.
@@ -154,20 +161,22 @@ class FunctionalView:
                 )
             return self.current
         times = len(self.history)
-        if not -times <= time < times:
+        place = time - self.first if time >= 0 else time + times
+        if not 0 <= place < times:
+            last = self.first + times - 1
             raise IndexError(
-                f"time={time} is out of range: this fmodel has the times 0 to {times - 1} (or -{times} to -1), one "
-                "more with each step and each update_params. The current weights are fmodel.parameters()."
+                f"time={time} is out of range: this fmodel has the times {self.first} to {last} (or -{times} to -1), "
+                "one more with each step and each update_params. The current weights are fmodel.parameters()."
             )
-        if time % times == times - 1:
+        if place == times - 1:
             return self.current
-        if self.history[time] is _INSIDE:
+        if self.history[place] is _INSIDE:
             raise HistoryFreedError(
                 f"The weights of time={time} lie inside a scan, which leaves those after its last step. Where you need "
                 "the weights in between, take single steps: diffopt.step(fn, batch)."
             )
         found: dict[int, Tensor] = {}
-        for entry in reversed(self.history[: time % times + 1]):
+        for entry in reversed(self.history[: place + 1]):
             if isinstance(entry, list):
                 return [found.get(index, weight) for index, weight in enumerate(entry)]
             if not found.keys() >= set(entry.updated):

@@ -6,21 +6,25 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowmem_higher import traced
 from lowmem_higher.blocks import Selection, block_paths, make_blocks
 from lowmem_higher.budget import budget_bytes
 from lowmem_higher.budgeted import Budgeted
 from lowmem_higher.compiled import Inductor
+from lowmem_higher.fast_weights import copied
 from lowmem_higher.holdings import Hint
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import LiveModule
 from lowmem_higher.optim import DifferentiableOptimizer, get_diff_optim
+from lowmem_higher.optim.base import State
 from lowmem_higher.patch import FunctionalModule, call_submodules_through, monkeypatch
+from lowmem_higher.program import Buffers
 from lowmem_higher.progress import Progress
 from lowmem_higher.recompute import follow_view
 from lowmem_higher.record import recorder
@@ -29,6 +33,7 @@ from lowmem_higher.scan import Known
 from lowmem_higher.second_order import second_order
 from lowmem_higher.settings import Settings
 from lowmem_higher.slip import warn_of_slip
+from lowmem_higher.step import StateKey, detached_state, state_keys, state_leaf, with_state_leaves
 from lowmem_higher.structure import is_dtensor
 from lowmem_higher.traced import Replays
 from lowmem_higher.trajectory import Trajectory
@@ -60,6 +65,54 @@ class Unrolled:
     def report(self) -> Report:
         """What the run has cost so far."""
         return self.ledger.report()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a loop goes on that began in another context.
+
+    Attributes:
+        time: The steps that were taken before.
+        weights: Those that steps have made, by index; the others are the model's. Not written into.
+        state: The optimizer state.
+        followed: Those of its tensors that earlier steps have made, so that they have a gradient.
+        buffers: All buffers.
+        attributes: Plain attributes that forwards have set, as `(submodule, name, value)`.
+    """
+
+    time: int
+    weights: Mapping[int, Tensor]
+    state: State
+    followed: tuple[StateKey, ...]
+    buffers: Buffers
+    attributes: tuple[tuple[int, str, Any], ...]
+
+    @staticmethod
+    def of(
+        fmodel: Any, diffopt: DifferentiableOptimizer, time: int, attributes: Sequence[tuple[int, str, Any]]
+    ) -> Start:
+        """Where a loop stands after `time` steps."""
+        view, state = fmodel._view, diffopt.state
+        made = {
+            index: view.current[index].detach() for index in sorted(diffopt.held) if view.current[index].requires_grad
+        }
+        followed = tuple([key for key in state_keys(state) if state_leaf(state, key).requires_grad])
+        return Start(time, made, detached_state(state), followed, tuple(view.slots.read_buffers()), tuple(attributes))
+
+    def put_into(self, fmodel: Any, diffopt: DifferentiableOptimizer) -> None:
+        """Let a new context begin here; weights and state are leaves."""
+        view = fmodel._view
+        weights = [
+            self.weights[index].detach().requires_grad_(weight.requires_grad) if index in self.weights else weight
+            for index, weight in enumerate(view.current)
+        ]
+        view.begin(self.time, weights)
+        view.slots.install_buffers(copied(self.buffers))
+        leaves = {key: state_leaf(self.state, key).detach().requires_grad_() for key in self.followed}
+        diffopt.state = with_state_leaves(self.state, leaves)
+        modules = list(fmodel.modules())
+        for module, name, value in self.attributes:
+            object.__setattr__(modules[module], name, value)
 
 
 Observer = Callable[[Settings, Trajectory | Unrolled], Callable[[], None]]
@@ -249,6 +302,22 @@ def innerloop_ctx(
         microbatches=microbatches,
         compile=compile,
     )
+    with inner_loop(model, opt, settings, device, copy_initial_weights, override, track_higher_grads) as parts:
+        yield parts
+
+
+@contextmanager
+def inner_loop(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    settings: Settings,
+    device: torch.device | str | None = None,
+    copy_initial_weights: bool = True,
+    override: Mapping[str, Sequence[Any]] | None = None,
+    track_higher_grads: bool = True,
+    start: Start | None = None,
+) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
+    """What `innerloop_ctx` opens, with settings that are checked; from a later step on if there is a `start`."""
     where = None if device is None else torch.device(device)
     fmodel = monkeypatch(model, where, copy_initial_weights, track_higher_grads)
     diffopt = get_diff_optim(
@@ -259,6 +328,8 @@ def innerloop_ctx(
         override=override,
         track_higher_grads=track_higher_grads,
     )
+    if start is not None:
+        start.put_into(fmodel, diffopt)
     view = fmodel._view
     if copy_initial_weights and track_higher_grads:
         warn_of_slip(view)

@@ -190,8 +190,7 @@ class FunctionalModule(nn.Module):
         view = self.__dict__.get("_view")
         if view is None:
             return super().__repr__()
-        times = len(view.history)
-        return f"fmodel at time {times - 1} of\n{super().__repr__()}"
+        return f"fmodel at time {view.first + len(view.history) - 1} of\n{super().__repr__()}"
 
 
 @contextmanager

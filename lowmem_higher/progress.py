@@ -48,6 +48,16 @@ class Progress:
         if self._backward:
             self._one_more()
 
+    def begin(self, name: str, unit: str, total: int) -> None:
+        """A phase begins that is counted by `count`."""
+        if self._shown:
+            self._open(name, unit, total, 0, smoothing=0.0)
+
+    def count(self, number: int) -> None:
+        """So many more."""
+        if self._bar is not None:
+            self._bar.update(number)
+
     def close(self) -> None:
         """The phase is over, or was broken off."""
         if self._bar is not None:
@@ -65,7 +75,7 @@ class Progress:
                 bar.total = bar.n + 1  # the loop is longer than was said
             bar.update()
 
-    def _open(self, name: str, unit: str, total: int | None, done: int) -> None:
+    def _open(self, name: str, unit: str, total: int | None, done: int, smoothing: float = 0.3) -> None:
         self.close()
         try:
             from tqdm import tqdm
@@ -80,7 +90,40 @@ class Progress:
                 mininterval=_REFRESH_SECONDS,
                 file=sys.stderr,
                 dynamic_ncols=True,
+                smoothing=smoothing,  # 0: the average speed foretells the rest
             )
+
+
+class Work:
+    """Shows how much of the work of a run is done, in which one kind of run takes longer than another.
+
+    It is counted in steps of ways; a run of a leaf counts for as many as it takes the time of.
+
+    Args:
+        asked: As for `Progress`.
+    """
+
+    def __init__(self, asked: bool | str) -> None:
+        self._progress = Progress(asked)
+        self._weight = 1.0
+
+    @property
+    def shown(self) -> bool:
+        """Whether anybody looks."""
+        return self._progress._shown
+
+    def begin(self, way: int, leaves: int, weight: float = 1.0) -> None:
+        """So many steps of ways and runs of leaves are ahead, of which one takes `weight` times the other's time."""
+        self._weight = weight
+        self._progress.begin("metagradient", "step", round(way + weight * leaves))
+
+    def ran(self, way: int, leaves: int) -> None:
+        """So many are done."""
+        self._progress.count(round(way + self._weight * leaves))
+
+    def close(self) -> None:
+        """The run is over, or was broken off."""
+        self._progress.close()
 
 
 class Line:

@@ -152,7 +152,8 @@ def same_rng(one: RngState, other: RngState) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
-def _write_rng(state: RngState) -> None:
+def write_rng(state: RngState) -> None:
+    """Let the default generators go on from such states."""
     for device, value in state:
         if device.type == "cpu":
             torch.default_generator.set_state(value)
@@ -169,10 +170,10 @@ def rng_restored(state: RngState | None) -> AbstractContextManager[None]:
 def _rng_restored(state: RngState) -> Iterator[None]:
     before = capture_rng(device for device, _ in state if device.type != "cpu")
     try:
-        _write_rng(state)
+        write_rng(state)
         yield
     finally:
-        _write_rng(before)
+        write_rng(before)
 
 
 _MACHINERY = frozenset(nn.Module().__dict__) - {"training"}  # the tables that every module has

@@ -231,6 +231,11 @@ class Trajectory:
         assert self._tail is not None
         return self._tail
 
+    def attributes_read(self) -> list[Tensor]:
+        """The tensors that the last step read as plain attributes of the model."""
+        states = [state for state in self._newest().states if state is not None]
+        return [tensor for state in states for attributes in state.tensors for tensor in attributes.values()]
+
     # Taking steps
 
     def step(

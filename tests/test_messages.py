@@ -20,17 +20,11 @@ PACKAGE = Path(higher.__file__).parent
 CODE = re.compile(r"\w\(|\w=|`|\w\[|--\w|->")
 # Raised and caught inside the engine, or one line of the command line.
 INTERNAL = {"NotTraceableError", "_UnableError", "OptionError", "DivergedError", "ArgumentTypeError"}
-# To be read by a new user's eyes yet.
-UNREAD = {
-    "loop_function.py",
-    "metagradient.py",
-    "run_directory.py",
-    "run_states.py",
-    "step_log.py",
-}
 # Their fix is a part of the message that is filled in.
 FILLED_IN = {
-    "The model {}is wrapped in {}, which {}. Hand over what is inside, {}, with an optimizer over its parameters, and {}.",
+    "The model {}is wrapped in {}, which {}. Hand over what is inside, {}, with an optimizer over its parameters, "
+    "and {}.",
+    "Another process is gone, or waits for something else, while this one (rank {}) came to collective {}, {}. {}",
     "{}={} is a {}; it must be a whole number: {}. {}",
     "{}={} must be at least 1: {}. {}",
     "{} has no differentiable update rule: {}.",
@@ -52,7 +46,7 @@ def text(node: ast.expr) -> str:
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    for path in sorted(path for path in PACKAGE.rglob("*.py") if path.name not in UNREAD):
+    for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 name, message = node.func.id, text(node.args[0])
