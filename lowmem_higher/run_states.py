@@ -146,7 +146,7 @@ def _packed_state(state: State) -> tuple[list[Any], dict[str, Tensor]]:
                 elif type(value) not in _NUMBERS:
                     raise StoreError(
                         f"The optimizer keeps {key!r} as a {type(value).__name__}, of which run_dir keeps no copy. Let "
-                        "the update rule keep tensors and plain numbers: return new_param, dict(step=3, average=tensor)."
+                        "the rule keep tensors and plain numbers: return new_param, dict(step=3, average=tensor)."
                     )
                 items.append([key, None if isinstance(value, Tensor) else [value]])
             order.append([group, position, items])
