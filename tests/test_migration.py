@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import higher
 import pytest
 import torch
 from loops import mlp, sgd_for
@@ -53,3 +54,27 @@ def test_a_loss_that_is_not_finite_is_refused(every: int | None) -> None:
     context = lowmem_higher.innerloop_ctx(net, sgd_for(net), checkpoint_every=every)
     with context as (fnet, diffopt), pytest.raises(ValueError, match="training has diverged"):
         diffopt.step(fnet(torch.ones(1, 2)).sum() * math.inf)
+
+
+def test_adam_adds_eps_where_torch_does_and_higher_does_not() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def trained(library: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        net = nn.Linear(3, 1).double()
+        opt = torch.optim.Adam(net.parameters(), lr=0.1, eps=0.1)
+        if library is None:
+            for _ in range(3):
+                opt.zero_grad()
+                net(x).square().mean().backward()
+                opt.step()
+            return net.weight.detach()
+        with library.innerloop_ctx(net, opt) as (fnet, diffopt):
+            for _ in range(3):
+                diffopt.step(fnet(x).square().mean())
+            found: torch.Tensor = fnet.weight.detach()
+        return found
+
+    torchs = trained(None)
+    assert torch.allclose(trained(lowmem_higher), torchs, rtol=1e-9)
+    assert (trained(higher) - torchs).norm() > 0.1 * torchs.norm()
