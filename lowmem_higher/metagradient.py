@@ -84,7 +84,7 @@ def metagradient(
 ) -> MetaGradient:
     """Differentiate an outer loss through an inner loop that is a function; with `run_dir` in a way that survives.
 
-    It takes the steps that this loop takes, with the same engine, and returns the same gradients to the bit:
+    It takes the steps that this loop takes, with the same engine, and returns the same gradients to the bit::
 
         with innerloop_ctx(model, opt, checkpoints=30, steps=steps) as (fmodel, diffopt):
             for t in range(steps):
