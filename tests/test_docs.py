@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowmem_higher
+import lowmem_higher.scale
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / ".docs"
@@ -152,7 +153,7 @@ def test_the_reference_has_every_public_name() -> None:
     public |= {name for name in lowmem_higher.optim.__all__ if not name.startswith("_")}
     assert public - named - errors - modules == set()
     holders = [lowmem_higher, lowmem_higher.patch, lowmem_higher.optim, lowmem_higher.utils, lowmem_higher.testing]
-    holders += [sys.modules["lowmem_higher.schedule"]]
+    holders += [sys.modules[f"lowmem_higher.{name}"] for name in ("schedule", "distributed", "scale")]
     assert not [name for name in named if not any(hasattr(holder, name) for holder in holders)]
 
 
