@@ -72,6 +72,8 @@ def traced(function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor]) -> 
     try:
         # A tensor that is given twice (Adam's second moment and its maximum, after one step) is two inputs.
         module = make_fx(function, tracing_mode="fake")(*[tensor.detach() for tensor in inputs])
+    except NotTraceableError:
+        raise
     except Exception as error:
         # Whatever the code of a model raises when its tensors have no values.
         raise NotTraceableError(

@@ -169,7 +169,7 @@ class Function:
         with self.ambient.restored(Ambient.capture()), second_order_here():
             with torch.enable_grad():
                 loss, buffers = self.twin.run(
-                    self.fn,
+                    self._called,
                     (unflatten(inputs.batch, batch), *args),
                     {},
                     weights=weights,
@@ -184,6 +184,14 @@ class Function:
             with torch.set_grad_enabled(create_graph):
                 new_weights, new_state = self.rules.advance(weights, grads, state, groups)
         return StepRun(new_weights, new_state, buffers, loss.reshape(()), grads)
+
+    def _called(self, model: nn.Module, *args: Any) -> Any:
+        """Call `fn`, and see that it leaves nothing on the model: the next step, elsewhere, would not find it."""
+        before = ModuleState.capture(self.twin.modules)
+        loss = self.fn(model, *args)
+        if ModuleState.capture(self.twin.modules, before) is not before:
+            raise NotTraceableError("a forward sets an attribute of the model, which the next one might read")
+        return loss
 
     def advanced(self, inputs: Inputs) -> StepRun:
         """A first-order run."""

@@ -408,7 +408,66 @@ def late(run: Run) -> Tensor:
         return fnet(x).tanh().sum()
 
 
-@pytest.mark.parametrize("loop", [draws, closes_over_tensors, learned_batches, branches, late])
+class Annealed(nn.Module):
+    """Counts its calls in an attribute that the next call reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(3, 1), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.layer(x) / self.calls)
+
+
+class Remembering(nn.Module):
+    """Leaves a tensor on itself that the next call reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(3, 1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self.layer(x))
+        found = out if self.last is None else out + self.last
+        self.last = out.detach()
+        return found
+
+
+def changes_itself(kind: type[nn.Module]) -> Loop:
+    def loop(run: Run) -> Tensor:
+        net = run.net(kind())
+        x = run.data(4, 3)
+        with run.context(net, OPTIMIZERS["momentum"](list(net.parameters()))) as (fnet, diffopt):
+            diffopt.scan(lambda fmodel, batch: fmodel(batch).square().mean(), [x] * run.steps)
+            return sum(weight.tanh().sum() for weight in fnet.parameters())
+
+    return loop
+
+
+annealed, remembering = changes_itself(Annealed), changes_itself(Remembering)
+
+
+def near_the_start(run: Run) -> Tensor:
+    """The initial weights are an argument as well, and get gradients both ways."""
+
+    def proximal(fmodel: Any, batch: Tensor, start: list[Tensor]) -> Tensor:
+        apart = sum((now - then).square().sum() for now, then in zip(fmodel.parameters(), start, strict=True))
+        return fmodel(batch).square().mean() + 0.1 * apart
+
+    net = run.net(mlp())
+    batches = [run.data(4, 3) for _ in range(run.steps)]
+    with run.context(net, OPTIMIZERS["adam"](list(net.parameters()))) as (fnet, diffopt):
+        diffopt.scan(proximal, batches, list(fnet.parameters(time=0)))
+        return fnet(batches[0]).tanh().sum()
+
+
+def test_the_initial_weights_may_be_an_argument(scanned: list[int]) -> None:
+    compare(near_the_start, 6)
+    assert scanned == [6]
+
+
+@pytest.mark.parametrize("loop", [annealed, remembering, draws, closes_over_tensors, learned_batches, branches, late])
 def test_what_cannot_be_traced_is_a_loop_of_steps(loop: Loop, scanned: list[int]) -> None:
     with pytest.warns(CompileFallbackWarning, match="A scan is run as a loop of steps, since") as caught:
         compare(loop, 6)
