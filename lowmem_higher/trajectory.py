@@ -252,11 +252,7 @@ class Trajectory:
                 "step(loss) was called after the context was left, where nothing is recorded. Take the step inside "
                 "`with innerloop_ctx(...)`, or as diffopt.step(fn, *args), which needs no recording."
             )
-        if self._recorder.inside:
-            raise RecordError(
-                "A step was taken inside forward, or inside a function that the engine calls and a replay would call "
-                "again. Take it in the loop: diffopt.step(loss)."
-            )
+        self._refuse_inside()
         fmodel: FunctionalModule = optimizer._fmodel
         with self._recording():
             node = None
@@ -268,6 +264,13 @@ class Trajectory:
                 self._take(optimizer, fmodel, loss, value, node, callback)
             self._start_window()
         self.ledger.forward_seconds = time.perf_counter() - self._entered
+
+    def _refuse_inside(self) -> None:
+        if self._recorder.inside:
+            raise RecordError(
+                "A step was taken inside forward, or inside a function that the engine calls and a replay would call "
+                "again. Take it in the loop: diffopt.step(loss)."
+            )
 
     def _take(
         self,
@@ -393,6 +396,7 @@ class Trajectory:
         args: tuple[Any, ...],
     ) -> bool:
         """Take as many steps as there are batches, by traces; False, and nothing is changed, where that can't be."""
+        self._refuse_inside()
         fmodel: FunctionalModule = optimizer._fmodel
         fmodel._view.take_assigned()
         weights, state = list(fmodel._view.current), optimizer.state

@@ -493,6 +493,17 @@ def test_a_diverged_loop_raises_and_changes_nothing() -> None:
         assert (diffopt.state, diffopt.report.steps) == ([{}], 0)
 
 
+def test_a_scan_inside_a_step_is_refused() -> None:
+    _, x, y, logits, batches, context = opened(3, checkpoint_every=3)
+
+    def nested(fmodel: Any) -> Tensor:
+        diffopt.scan(inner_loss, batches, x, y, logits)
+        return inner_loss(fmodel, batches[0], x, y, logits)
+
+    with context as (_, diffopt), pytest.raises(lowmem_higher.RecordError, match="inside a function that the engine"):
+        diffopt.step(nested)
+
+
 def test_no_batches_no_steps() -> None:
     _, x, y, logits, _, context = opened(0, checkpoint_every=3)
     with context as (fnet, diffopt):
