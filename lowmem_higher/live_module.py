@@ -153,7 +153,7 @@ class LiveModule:
             buffers = self.current_buffers(fmodel)
             view.take_assigned()
             modules = list(fmodel.modules())
-            self._check_structure(modules)
+            self.check_structure(modules)
             self._state = ModuleState.capture(modules, self._state)
             given = [*view.current, *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
             rng = capture_rng(recorder.devices)
@@ -189,7 +189,8 @@ class LiveModule:
                 recorder.add(node, outputs, older=watcher.passed_on(outputs))
         return out, node
 
-    def _check_structure(self, modules: list[nn.Module]) -> None:
+    def check_structure(self, modules: list[nn.Module]) -> None:
+        """Raise if the fmodel is built of other submodules, or has other hooks, than its twin."""
         if structure_of(modules) != self._structure:
             raise RecordError(
                 "A submodule was added, replaced or removed, or a hook was registered, after the context was entered, "

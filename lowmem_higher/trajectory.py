@@ -404,8 +404,9 @@ class Trajectory:
         buffers = self._live.current_buffers(fmodel)
         carry = self._carry([weight.contiguous() for weight in weights], state, buffers)
         trainable = tuple([weight.requires_grad for weight in weights])
-        modules = ModuleState.capture(list(fmodel.modules()))
-        taken = self.ledger.steps
+        modules = list(fmodel.modules())
+        self._live.check_structure(modules)
+        attributes, taken = ModuleState.capture(modules), self.ledger.steps
         with self._unrecorded():
             try:
                 if self._traces is None:
@@ -414,7 +415,9 @@ class Trajectory:
                     raise NotTraceableError("truncate and journal are for single steps")
                 if optimizer._grad_callback is not None or is_custom(optimizer):
                     raise NotTraceableError("it has a grad_callback or an update rule that is not this package's")
-                function = Function(fn, args, optimizer.param_groups, self._rules, self._live.twin, modules, trainable)
+                function = Function(
+                    fn, args, optimizer.param_groups, self._rules, self._live.twin, attributes, trainable
+                )
                 scan = Scan(function, batches, self._verify, self._traces, self._replays.compiler)
                 last, carry = scan.steps(carry, taken, self._carries, self.ledger, self._progress)
             except BaseException as reason:

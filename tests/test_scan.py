@@ -504,6 +504,14 @@ def test_a_scan_inside_a_step_is_refused() -> None:
         diffopt.step(nested)
 
 
+def test_R9_a_submodule_that_was_replaced_inside_the_context_raises() -> None:
+    _, x, y, logits, batches, context = opened(3, checkpoint_every=3)
+    with context as (fnet, diffopt):
+        fnet[1] = nn.ReLU()
+        with pytest.raises(lowmem_higher.RecordError, match="A submodule was added, replaced or removed"):
+            diffopt.scan(inner_loss, batches, x, y, logits)
+
+
 def test_no_batches_no_steps() -> None:
     _, x, y, logits, _, context = opened(0, checkpoint_every=3)
     with context as (fnet, diffopt):
