@@ -42,6 +42,7 @@ from lowmem_higher.pullback import StepGraph, inputs_of, outputs_of
 from lowmem_higher.record import version_of
 from lowmem_higher.replay_state import Ambient, ModuleState
 from lowmem_higher.second_order import second_order_here
+from lowmem_higher.state_outputs import put_state, taken_state
 from lowmem_higher.step import Carry, Layout, StateKey, StepRun, state_keys, state_leaf, with_state_leaves
 from lowmem_higher.structure import Structure, flatten, unflatten
 from lowmem_higher.traced import Compiler
@@ -82,17 +83,12 @@ class Inputs:
         Raises:
             NotTraceableError: There is none for such a batch.
         """
-        carry = self.carry
         if not all(isinstance(number, PLAIN) for number in self.numbers):
             raise NotTraceableError("a batch holds an object of a class of its own")
         if any(tensor.requires_grad for tensor in self.tensors):
             raise NotTraceableError("a batch holds a tensor that requires grad; pass it to scan after the batches")
-        if carry.form is None:
-            there = tuple([buffer is not None for buffer in carry.buffers])
-            plain = tuple(state_positions(carry.state))
-            carry.form = (tuple(map(form_of, carry.tensors())), tuple(state_keys(carry.state)), plain, there)
         numbers = tuple([(type(number), number) for number in self.numbers])
-        return carry.form, self.batch, numbers, tuple(map(form_of, self.tensors))
+        return self.carry.form, self.batch, numbers, tuple(map(form_of, self.tensors))
 
     def check(self) -> None:
         """Raise if no trace can be made of such a step."""
@@ -236,14 +232,6 @@ def _differentiable(state: State, lifted: Container[StateKey] = ()) -> dict[Stat
     return {key: leaf for key, leaf in leaves.items() if leaf.is_floating_point()}
 
 
-@dataclass(frozen=True)
-class _Output:
-    """In place of a value of the optimizer state: it is this output of a trace; a number of that type, if given."""
-
-    at: int
-    number: type | None
-
-
 class Trace:
     """A step as flat graphs: the next carry, and the pullback. It holds no tensor and nothing of one context.
 
@@ -266,7 +254,7 @@ class Trace:
             equal.setdefault((name, value), []).append((place, index, name))
         self._groups = list(equal.values())
         self.weights_out: tuple[int, ...] = ()
-        self._state: list[dict[int, dict[str, Any]]] = []
+        self._state: State = []
         self._buffers: tuple[bool, ...] = ()
         self._carry_form: Any = None
         self.layout: Layout | None = None
@@ -336,16 +324,7 @@ class Trace:
         run = function.run(weights, inputs.carry.state, inputs, create_graph=False)
         self.weights_out = tuple([index for index, weight in enumerate(weights) if weight is not run.weights[index]])
         outputs: list[Any] = [run.loss, *(run.weights[index] for index in self.weights_out)]
-        self._state = []
-        for place, entries in enumerate(run.state):
-            self._state.append({})
-            for index, entry in entries.items():
-                self._state[place][index] = dict(entry)
-                for name, value in entry.items():
-                    if isinstance(value, Tensor):
-                        number = self._lifted.get((place, index, name))
-                        self._state[place][index][name] = _Output(len(outputs), number)
-                        outputs.append(value)
+        self._state = put_state(run.state, self._lifted, outputs)
         self._buffers = tuple([buffer is not None for buffer in run.buffers])
         return [*outputs, *(buffer for buffer in run.buffers if buffer is not None)]
 
@@ -355,15 +334,14 @@ class Trace:
         weights = list(inputs.carry.weights)
         for at, index in enumerate(self.weights_out):
             weights[index] = outputs[1 + at]
-        state: State = [
-            {index: {name: _put(value, outputs) for name, value in entry.items()} for index, entry in entries.items()}
-            for entries in self._state
-        ]
         kept = iter(outputs[len(outputs) - sum(self._buffers) :])
-        carry = Carry(weights, state, tuple([next(kept) if there else None for there in self._buffers]))
-        carry.form = self._carry_form
-        if carry.form is None:
-            self._carry_form = Inputs(carry, None, [], []).signature[0]
+        carry = Carry(
+            weights,
+            taken_state(self._state, outputs),
+            tuple([next(kept) if there else None for there in self._buffers]),
+        )
+        carry.known_form = self._carry_form
+        self._carry_form = carry.form
         return outputs[0], carry
 
     def advance_graph(self, inputs: Inputs, compiler: Compiler | None) -> Graph:
@@ -424,13 +402,6 @@ class Trace:
 def _add(sums: dict[Any, Tensor], key: Any, term: Tensor | None) -> None:
     if term is not None:
         sums[key] = sums[key] + term if key in sums else term
-
-
-def _put(value: Any, outputs: list[Any]) -> Any:
-    if not isinstance(value, _Output):
-        return value
-    found = outputs[value.at]
-    return found if value.number is None else value.number(found.item())
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_higher.alike import nudged
+from lowmem_higher.alike import form_of, nudged, state_positions
 from lowmem_higher.current_step import CurrentStep
 from lowmem_higher.custom_rules import advance_again, is_custom
 from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
@@ -34,7 +34,7 @@ class Carry:
     state: State
     buffers: Buffers
     versions: list[int] = field(default_factory=list)
-    form: Any = None  # what traces compare of its tensors, once it was asked for
+    known_form: Any = None
 
     def __post_init__(self) -> None:
         self.versions = [version_of(tensor) for tensor in self.tensors()]
@@ -70,6 +70,15 @@ class Carry:
             f"A fast weight, optimizer state or buffer of time {time} (shape {tuple(tensor.shape)}) was modified in "
             "place after it was kept for the backward. Set new values with fmodel.update_params([...])."
         )
+
+    @property
+    def form(self) -> Any:
+        """What a trace depends on besides values: forms of tensors, which state there is and where it has numbers."""
+        if self.known_form is None:
+            there = tuple([buffer is not None for buffer in self.buffers])
+            forms = tuple(map(form_of, self.tensors()))
+            self.known_form = (forms, tuple(state_keys(self.state)), tuple(state_positions(self.state)), there)
+        return self.known_form
 
     def nudged(self) -> Carry:
         """The same but for the last bit of about half of the weights' elements."""

@@ -62,6 +62,7 @@ from lowmem_higher.pullback import (
 )
 from lowmem_higher.replay_state import Ambient
 from lowmem_higher.split import Parts, split
+from lowmem_higher.state_outputs import put_state, taken_state
 from lowmem_higher.step import (
     Carry,
     StepRecord,
@@ -69,7 +70,6 @@ from lowmem_higher.step import (
     check_loss_value,
     check_mark,
     plain_state,
-    state_keys,
 )
 
 TRACE_AFTER = 200  # uses of a program: two traces cost as much as some hundred replays of a tiny net
@@ -416,18 +416,10 @@ class Form:
 
     updates: bool  # whether the update is traced as well
     gradients: int = 0
-    state: list[dict[int, dict[str, Any]]] = field(default_factory=list)
+    state: State = field(default_factory=list)
     buffers: tuple[bool, ...] = ()
     carry: Any = None  # the form of the next carry's tensors, once there was one
     needed: int | None = None  # the first so many outputs, where no mark has to be checked
-
-
-@dataclass(frozen=True)
-class _Output:
-    """In place of a value of the optimizer state: it is this output; a number of that type, if given."""
-
-    at: int
-    number: type | None = None
 
 
 class Use:
@@ -457,14 +449,8 @@ class Use:
         self._plain = plain_state(carry.state)
         self.numbers = [*(record.numbers[at] for at in parts.numbers), *(value for _, _, value in self._plain)]
         self._tensors = [*carry.tensors(), *self._externals]
-        if carry.form is None:
-            carry.form = tuple(map(form_of, carry.tensors()))
         self.signature = (
             compiled,
-            len(carry.weights),
-            tuple(state_keys(carry.state)),
-            tuple([(index, name) for index, name, _ in self._plain]),
-            tuple([buffer is None for buffer in carry.buffers]),
             tuple([cotangent is None for cotangent in cotangents]),
             tuple(self._trainable),
             tuple(wanted),
@@ -578,22 +564,11 @@ class Use:
         return outputs
 
     def _put_state(self, form: Form, state: State, outputs: list[Any]) -> None:
-        """Append the optimizer state to the outputs, and note where each part of it is."""
-        before = {
-            (place, index, name): type(value)
-            for (place, index, name), (_, _, value) in zip(state_positions(self._carry.state), self._plain, strict=True)
+        numbers = {
+            position: type(value)
+            for position, (_, _, value) in zip(state_positions(self._carry.state), self._plain, strict=True)
         }
-        form.state = []
-        for place, entries in enumerate(state):
-            form.state.append({})
-            for index, entry in entries.items():
-                form.state[place][index] = {}
-                for name, value in entry.items():
-                    if isinstance(value, Tensor):
-                        form.state[place][index][name] = _Output(len(outputs), before.get((place, index, name)))
-                        outputs.append(value)
-                    else:
-                        form.state[place][index][name] = value
+        form.state = put_state(state, numbers, outputs)
 
     def advanced(self) -> Carry:
         """Run the trace of a replay, and the update after it if that is not in the trace."""
@@ -602,7 +577,7 @@ class Use:
         count = len(self._carry.weights)
         weights: list[Tensor] = outputs[1 : 1 + count]
         if form.updates:
-            state = self._state(outputs)
+            state = taken_state(form.state, outputs)
         else:
             externals = [tensor.detach() for tensor in self._stand_ins]
             grads: list[Tensor | None] = outputs[1 : 1 + count]
@@ -611,16 +586,9 @@ class Use:
             )
         kept = iter(outputs[len(outputs) - sum(form.buffers) :])
         carry = Carry(weights, state, tuple([next(kept) if there else None for there in form.buffers]))
-        if form.carry is None:
-            form.carry = tuple(map(form_of, carry.tensors()))
-        carry.form = form.carry
+        carry.known_form = form.carry
+        form.carry = carry.form
         return carry
-
-    def _state(self, outputs: list[Any]) -> State:
-        return [
-            {index: {name: _put(value, outputs) for name, value in entry.items()} for index, entry in entries.items()}
-            for entries in self.trace.form.state
-        ]
 
     def pulled_back(self) -> list[Tensor | None]:
         """Run the trace of a pullback."""
@@ -630,7 +598,7 @@ class Use:
         if expected is not None:
             first, count = 1 + form.gradients, len(self._carry.weights)
             grads = outputs[first + count : first + 2 * count]
-            check_mark(record, expected, outputs[first : first + count], self._state(outputs), grads)
+            check_mark(record, expected, outputs[first : first + count], taken_state(form.state, outputs), grads)
         found: list[Tensor | None] = outputs[1 : 1 + form.gradients]
         return self._spread(found)
 
@@ -663,13 +631,6 @@ class Use:
         if self.record.loss is not None:
             check_loss_value(self.record, outputs[0])
         return outputs
-
-
-def _put(value: Any, outputs: list[Any]) -> Any:
-    if not isinstance(value, _Output):
-        return value
-    found = outputs[value.at]
-    return found if value.number is None else value.number(found.item())
 
 
 def _reason(record: StepRecord) -> str | None:
