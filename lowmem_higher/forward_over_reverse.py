@@ -20,7 +20,8 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -56,12 +57,7 @@ def gradient_and_derivative(
     References:
         Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6(1), 1994.
     """
-    with _one_level, forward_ad.dual_level():
-        _load_rules()
-        duals = [
-            tensor if tangent is None else forward_ad.make_dual(_alone(tensor), tangent)
-            for tensor, tangent in zip(inputs, tangents, strict=True)
-        ]
+    with _duals(inputs, tangents) as duals:
         value, pull_back = cast(Any, torch.func.vjp(as_reverse_mode(function), *duals))
         plain = forward_ad.unpack_dual(value).primal
         gradients = pull_back(torch.ones_like(plain), retain_graph=False, create_graph=False)
@@ -71,6 +67,45 @@ def gradient_and_derivative(
             [part.primal.detach() for part in parts],
             [None if part.tangent is None or part.tangent._is_zerotensor() else part.tangent for part in parts],
         )
+
+
+def values_and_derivatives(
+    function: Callable[..., Sequence[Any]], inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> tuple[list[Any], list[Tensor | None]]:
+    """What `function(*inputs)` gives, and the derivatives of that along `tangents`, None where they are zero.
+
+    Args:
+        function: Gives any number of tensors of any shape.
+        inputs: Tensors without a graph.
+        tangents: Shaped like the inputs; None is zero.
+
+    Memory:
+        Nothing is kept for a backward: two layers' activations and their tangents at a time. One pass, of three
+        times the multiply-adds of a forward.
+
+    Example:
+        >>> x, v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0])
+        >>> values_and_derivatives(lambda x: [x**3, x.sum()], [x], [v])
+        ([tensor([1., 8.]), tensor(3.)], [tensor([3., 0.]), tensor(1.)])
+    """
+    with torch.no_grad(), _duals(inputs, tangents) as duals:
+        parts = [
+            forward_ad.unpack_dual(value) if isinstance(value, Tensor) else (value, None)
+            for value in as_reverse_mode(function)(*duals)
+        ]
+        return [value for value, _ in parts], [
+            None if tangent is None or tangent._is_zerotensor() else tangent for _, tangent in parts
+        ]
+
+
+@contextmanager
+def _duals(inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:
+    with _one_level, forward_ad.dual_level():
+        _load_rules()
+        yield [
+            tensor if tangent is None else forward_ad.make_dual(_alone(tensor), tangent)
+            for tensor, tangent in zip(inputs, tangents, strict=True)
+        ]
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -14,10 +14,14 @@ M3  g is needed for M1, and comes out of M2. Where v does not depend on g (SGD),
 M4  At the first use of a step program, of shapes and of train/eval flags the derivative of M2 is computed in reverse
     mode as well, and both must agree; later uses are checked by the loss, and by the gradient where that is known. A
     program that cannot be run so, or differs, is pulled back by reverse mode from then on.
+M5  Where nobody wants the cotangent of P, and the externals come after the model's outputs, one JVP of these takes the
+    place of M2 (`epilogue.py`); and g is computed only for a hyperparameter's cotangent, for an update whose v depends
+    on it, and at those uses of a program whose gradient is compared.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +32,7 @@ from torch import Tensor
 
 from lowmem_higher.blocks import blocks_run
 from lowmem_higher.custom_rules import is_custom
+from lowmem_higher.epilogue import Epilogue, epilogue_of
 from lowmem_higher.errors import LowmemError, MixedFallbackWarning, ReplayMismatchError
 from lowmem_higher.forward_over_reverse import gradient_and_derivative
 from lowmem_higher.microbatches import MicroBatches, Parts, Whole, cannot_cut
@@ -65,6 +70,7 @@ class MixedReplay:
         self._micro_batches = MicroBatches(microbatches) if microbatches > 1 else None
         self._agreed: set[Any] = set()
         self._reverse: set[StepProgram] = set()
+        self.epilogues: dict[Any, Epilogue | None] = {}  # of a program and the externals that are asked for
         self.independent: dict[Any, bool] = {}  # of an update: whether its v does not depend on g (M3)
 
     def graph(self, record: StepRecord, carries: Carries) -> PulledBack:
@@ -77,13 +83,13 @@ class MixedReplay:
             return Whole(record, carry, externals)
         return self._micro_batches.parts(record, carry, externals)
 
-    def wants_comparison(self, record: StepRecord) -> bool:
-        """Whether this use is compared with reverse mode (M4)."""
-        return self._verify == "all" or (self._verify == "new" and _kind_of(record) not in self._agreed)
+    def wants_comparison(self, record: StepRecord, asked: tuple[bool, ...]) -> bool:
+        """Whether this use is compared with reverse mode (M4): of inputs, the cotangents of those `asked` for."""
+        return self._verify == "all" or (self._verify == "new" and (_kind_of(record), asked) not in self._agreed)
 
-    def agreed(self, record: StepRecord) -> None:
+    def agreed(self, record: StepRecord, asked: tuple[bool, ...]) -> None:
         """Both modes gave the same."""
-        self._agreed.add(_kind_of(record))
+        self._agreed.add((_kind_of(record), asked))
 
     def in_reverse(self, record: StepRecord) -> bool:
         """Whether this program is pulled back by reverse mode."""
@@ -130,7 +136,7 @@ class _MixedStep:
         if replay.in_reverse(record):
             return self._in_reverse(cotangents, wanted)
         try:
-            found = _Pass(replay, record, self._carry).pull_back(cotangents)
+            found = _Pass(replay, record, self._carry, wanted).pull_back(cotangents)
         except (LowmemError, torch.OutOfMemoryError):
             raise
         except _CANNOT as error:
@@ -148,8 +154,8 @@ class _MixedStep:
 class _Pass:
     """One step in mixed mode; see NOTE [ Mixed mode ]."""
 
-    def __init__(self, replay: MixedReplay, record: StepRecord, carry: Carry) -> None:
-        self._replay, self._record, self._carry = replay, record, carry
+    def __init__(self, replay: MixedReplay, record: StepRecord, carry: Carry, wanted: Sequence[bool]) -> None:
+        self._replay, self._record, self._carry, self._wanted = replay, record, carry, wanted
         with torch.enable_grad():
             self._weights, self._state = carry_stand_ins(record, carry)
             self._externals = record.stand_ins()
@@ -157,6 +163,9 @@ class _Pass:
 
     def pull_back(self, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The cotangents of the step's inputs."""
+        epilogue = self._epilogue()
+        if epilogue is not None:
+            return self._by_outputs(epilogue, cotangents)
         found = self._from_zeros(cotangents) if self._replay.independent.get(self._rule) else None
         if found is not None:
             return found
@@ -187,6 +196,60 @@ class _Pass:
             return _added(direct, derived)
         self._replay.independent[self._rule] = False
         return None
+
+    # M5
+
+    def _epilogue(self) -> Epilogue | None:
+        """The part of the program that M5 needs; None if that is not the way to pull this step back."""
+        weights, program = len(self._record.layout.weights_in), self._record.program
+        if any(self._wanted[:weights]) or self._parts.count > 1:
+            return None
+        asked = frozenset(self._asked_externals())
+        known = self._replay.epilogues
+        if (program, asked) not in known:
+            known[program, asked] = epilogue_of(program, asked)
+        return known[program, asked]
+
+    def _asked_externals(self) -> list[int]:
+        taken = self._record.layout.externals_in
+        return [
+            index for index, wanted in zip(taken, self._wanted[len(self._wanted) - len(taken) :], strict=True) if wanted
+        ]
+
+    def _by_outputs(self, epilogue: Epilogue, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        record, layout, weights = self._record, self._record.layout, len(self._record.layout.weights_in)
+        direct: list[Tensor | None] = [None] * len(self._wanted)
+        if self._needs_gradient():
+            grads = self._gradient()
+            self._check_end(grads)
+            direct, vectors = self._through_update(grads, cotangents)
+            self._judge_rule(grads, cotangents, vectors)
+            del grads
+        else:
+            vectors = self._through_update(self._zeros(), cotangents, direct=False)[1]
+        if not epilogue.read or all(vector is None for vector in vectors):
+            return direct
+        self._replay.count_first()
+        with self._ambient():
+            loss, found = epilogue.derivative(record, self._carry, self._externals, vectors)
+        self._check_derivative(loss)
+        derived = [found.get(index) for index in layout.externals_in]
+        asked = (*[False] * weights, *(index in epilogue.read for index in layout.externals_in))
+        self._compare([*[None] * weights, *derived], vectors, asked)
+        return _added(direct, [*[None] * (len(direct) - len(derived)), *derived])
+
+    def _needs_gradient(self) -> bool:
+        """Whether v, or the cotangent of a hyperparameter or of state, depends on g, or this use is checked."""
+        record = self._record
+        update = {ref.at for ref in (*record.update.refs, *record.update.found) if ref.kind == "external"}
+        state = self._wanted[len(record.layout.weights_in) : len(self._wanted) - len(record.layout.externals_in)]
+        return (
+            record.fingerprint is not None
+            or self._rule is None
+            or not self._replay.independent.get(self._rule, record.rules.affine)
+            or any(state)
+            or not update.isdisjoint(self._asked_externals())
+        )
 
     def _judge_rule(
         self, grads: Gradients, cotangents: Sequence[Tensor | None], vectors: Sequence[Tensor | None]
@@ -382,13 +445,16 @@ class _Pass:
         by_leaf = {index: along for index, along in zip(wanted, derived[count:], strict=True) if along is not None}
         by_external = parts.to_externals(by_leaf)
         by_inputs = [*derived[:count], *(by_external.get(index) for index in layout.externals_in)]
-        if self._replay.wants_comparison(self._record):
-            self._compare(by_inputs, vectors)
+        self._compare(by_inputs, vectors, (True,) * len(by_inputs))
         return gradient, [*by_inputs[:count], *([None] * len(layout.state_in)), *by_inputs[count:]]
 
-    def _compare(self, found: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> None:
-        """The same in reverse mode, with the whole batch and no block (M4)."""
+    def _compare(
+        self, found: Sequence[Tensor | None], vectors: Sequence[Tensor | None], asked: tuple[bool, ...]
+    ) -> None:
+        """The same in reverse mode, with the whole batch and no block (M4), unless this use needs no comparison."""
         record, layout, carry = self._record, self._record.layout, self._carry
+        if not self._replay.wants_comparison(record, asked):
+            return
         self._replay.count_second()
         with torch.enable_grad(), blocks_run("plain"):
             weights, externals = carry_stand_ins(record, carry)[0], record.stand_ins()
@@ -400,16 +466,20 @@ class _Pass:
                     for grad, vector in zip(grads, vectors, strict=True)
                     if grad is not None and vector is not None and grad.requires_grad
                 ]
-                inputs = [weights[index] for index in layout.weights_in]
-                inputs += [externals[index] for index in layout.externals_in]
-                expected: Sequence[Tensor | None] = [None] * len(inputs)
-                if pairs and inputs:
+                inputs = [
+                    *(weights[index] for index in layout.weights_in),
+                    *(externals[i] for i in layout.externals_in),
+                ]
+                expected: list[Tensor | None] = [None] * len(inputs)
+                if pairs and any(asked):
                     outputs, given = zip(*pairs, strict=True)
-                    expected = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
+                    by = list(itertools.compress(inputs, asked))
+                    derived = iter(torch.autograd.grad(outputs, by, given, allow_unused=True))
+                    expected = [next(derived) if wanted else None for wanted in asked]
         if (difference := _difference(record, found, expected)) is not None:
             raise _UnableError(difference)
         if any(vector is not None and bool(vector.any()) for vector in vectors):
-            self._replay.agreed(record)
+            self._replay.agreed(record, asked)
 
     def _check_derivative(self, total: Tensor) -> None:
         try:

@@ -8,7 +8,7 @@ further externals and is the same from step to step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,91 @@ from torch import Tensor
 from lowmem_higher.live_module import ModuleCall
 from lowmem_higher.program import Instruction, Ref, StepInputs, StepProgram
 from lowmem_higher.step import External, Mark, StepRecord, Update
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A program cut in two, `first` and `second`; these are its calls at `first_at` and `second_at`.
+
+    The first reads what the program reads. The externals of the second are the program's at `externals`, then what the
+    first `made`; `moved` says where it finds what the program finds at a `Ref`.
+    """
+
+    first: StepProgram
+    first_at: tuple[int, ...]
+    made: tuple[Ref, ...]
+    second: StepProgram
+    second_at: tuple[int, ...]
+    externals: tuple[int, ...]
+    moved: Callable[[Ref], Ref]
+
+
+def halved(program: StepProgram, in_second: Sequence[bool], also_read: Iterable[Ref] = ()) -> Halves:
+    """Cut a program in two.
+
+    Args:
+        program: The program.
+        in_second: Of each call, whether it is in the second half; a call that reads one of those must be.
+        also_read: What else has to be found in the second half.
+    """
+    calls = program.instructions
+    first_at, second_at = (tuple([i for i, inside in enumerate(in_second) if inside is half]) for half in (False, True))
+    first_place, second_place = ({index: place for place, index in enumerate(at)} for at in (first_at, second_at))
+    read = [*also_read, program.loss, *(program.buffers or ())]
+    for index in second_at:
+        one = calls[index]
+        read += [*one.refs, *(one.weights or ()), *(one.buffers or ()), *one.found]
+    externals = tuple(dict.fromkeys(ref.at for ref in read if ref.kind == "external"))
+    made = tuple(dict.fromkeys(ref for ref in read if ref.kind == "made" and ref.at in first_place))
+    places = {Ref("external", at): place for place, at in enumerate(externals)}
+    places |= {ref: len(externals) + place for place, ref in enumerate(made)}
+
+    def within(ref: Ref) -> Ref:
+        return Ref(ref.kind, first_place[ref.at], ref.output) if ref.kind in ("made", "buffers") else ref
+
+    def moved(ref: Ref) -> Ref:
+        if ref in places:
+            return Ref("external", places[ref])
+        return Ref(ref.kind, second_place[ref.at], ref.output) if ref.kind in ("made", "buffers") else ref
+
+    return Halves(
+        StepProgram(tuple([_renamed(calls[index], within) for index in first_at]), Ref("none", 0), None),
+        first_at,
+        tuple(map(within, made)),
+        StepProgram(
+            tuple([_renamed(calls[index], moved) for index in second_at]),
+            moved(program.loss),
+            None if program.buffers is None else tuple(map(moved, program.buffers)),
+        ),
+        second_at,
+        externals,
+        moved,
+    )
+
+
+def _renamed(call: Instruction, name: Callable[[Ref], Ref]) -> Instruction:
+    def all_of(refs: tuple[Ref, ...] | None) -> tuple[Ref, ...] | None:
+        return None if refs is None else tuple(map(name, refs))
+
+    return dataclasses.replace(
+        call,
+        refs=tuple(map(name, call.refs)),
+        weights=all_of(call.weights),
+        buffers=all_of(call.buffers),
+        found=tuple(map(name, call.found)),
+    )
+
+
+def inputs_at(record: StepRecord, externals: Sequence[Tensor], at: Sequence[int]) -> StepInputs:
+    """What a part of a record's program, its calls `at` these places, reads besides the carry."""
+    return StepInputs(
+        externals,
+        record.externals,
+        record.numbers,
+        [record.rng[position] for position in at],
+        [record.states[position] for position in at],
+        {at.index(position): target for position, target in record.targets.items() if position in at},
+    )
 
 
 @dataclass(frozen=True)
@@ -44,16 +129,7 @@ class Parts:
         """Run the prologue."""
         if not self.made:
             return []
-        at = self.prologue_at
-        inputs = StepInputs(
-            externals,
-            record.externals,
-            record.numbers,
-            [record.rng[position] for position in at],
-            [record.states[position] for position in at],
-            {},
-        )
-        return self.prologue.evaluate((), (), inputs, self.made)
+        return self.prologue.evaluate((), (), inputs_at(record, externals, self.prologue_at), self.made)
 
     def bodied(self, record: StepRecord, numbers: Sequence[Any], trainable: Sequence[bool]) -> StepRecord:
         """The record of the body alone, which checks nothing and leads to no carry.
@@ -114,60 +190,17 @@ def split(program: StepProgram, update: Update, taken: Sequence[int]) -> Parts:
                 for ref in one.refs
             )
         )  # fmt: skip
-    before = [index for index, inside in enumerate(depends) if not inside]
-    after = [index for index, inside in enumerate(depends) if inside]
-    before_at, after_at = ({index: place for place, index in enumerate(part)} for part in (before, after))
-    externals: dict[int, int] = {}
-    made: dict[Ref, int] = {}
-    read: list[Ref] = [*update.refs, *update.found, program.loss, *(program.buffers or ())]
-    for index in after:
-        one = program.instructions[index]
-        read += [*one.refs, *(one.weights or ()), *(one.buffers or ()), *one.found]
-    for ref in read:
-        if ref.kind == "external":
-            externals.setdefault(ref.at, len(externals))
-        elif ref.kind == "made" and ref.at in before_at:
-            made.setdefault(ref, len(made))
-
-    def moved(ref: Ref) -> Ref:
-        if ref.kind == "external":
-            return Ref("external", externals[ref.at])
-        if ref in made:
-            return Ref("external", len(externals) + made[ref])
-        if ref.kind in ("made", "buffers"):
-            return Ref(ref.kind, after_at[ref.at], ref.output)
-        return ref
-
-    def moved_all(refs: tuple[Ref, ...] | None) -> tuple[Ref, ...] | None:
-        return None if refs is None else tuple(map(moved, refs))
-
-    def moved_call(one: Instruction) -> Instruction:
-        return dataclasses.replace(
-            one,
-            refs=tuple(map(moved, one.refs)),
-            weights=moved_all(one.weights),
-            buffers=moved_all(one.buffers),
-            found=tuple(map(moved, one.found)),
-        )
-
-    def within(ref: Ref) -> Ref:
-        return Ref("made", before_at[ref.at], ref.output) if ref.kind == "made" else ref
-
-    prologue = tuple([
-        dataclasses.replace(program.instructions[index], refs=tuple(map(within, program.instructions[index].refs)))
-        for index in before
-    ])  # fmt: skip
+    halves = halved(program, depends, [*update.refs, *update.found])
+    read = [*update.refs, *update.found, *(ref for one in halves.second.instructions for ref in one.refs)]
     return Parts(
-        StepProgram(prologue, Ref("none", 0), None),
-        tuple(before),
-        tuple(map(within, made)),
-        StepProgram(
-            tuple([moved_call(program.instructions[index]) for index in after]),
-            moved(program.loss),
-            moved_all(program.buffers),
+        halves.first,
+        halves.first_at,
+        halves.made,
+        halves.second,
+        halves.second_at,
+        dataclasses.replace(
+            update, refs=tuple(map(halves.moved, update.refs)), found=tuple(map(halves.moved, update.found))
         ),
-        tuple(after),
-        dataclasses.replace(update, refs=tuple(map(moved, update.refs)), found=tuple(map(moved, update.found))),
-        tuple(externals),
+        halves.externals,
         tuple(dict.fromkeys(ref.at for ref in read if ref.kind == "number")),
     )

@@ -164,6 +164,7 @@ class DifferentiableOptimizer:
         return self._group_to_param_list[group][position]
 
     first_order = False  # whether gradients treat each inner gradient as a constant
+    affine = False  # whether the update is an affine function of the gradients: its derivative by them is a constant
     elementwise = False  # whether `update` treats each element alone, so that it may run on many parameters joined
     scalars: tuple[str, ...] = ("step",)  # state that is one number for a whole parameter
 

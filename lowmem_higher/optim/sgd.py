@@ -26,6 +26,7 @@ class DifferentiableSGD(DifferentiableOptimizer):
         Sutskever et al., On the importance of initialization and momentum in deep learning, ICML 2013.
     """
 
+    affine = True
     elementwise = True
 
     def update(self, param: Tensor, grad: Tensor, state: ParamState, group: Group) -> tuple[Tensor, dict[str, Any]]:
