@@ -22,7 +22,6 @@ from torch import Tensor
 from lowmem_higher.forward_over_reverse import values_and_derivatives
 from lowmem_higher.live_module import ModuleCall
 from lowmem_higher.program import StepProgram
-from lowmem_higher.second_order import second_order_here
 from lowmem_higher.split import Halves, halved, inputs_at
 from lowmem_higher.step import Carry, StepRecord
 
@@ -50,7 +49,7 @@ class Epilogue:
         Args:
             record: Of the step.
             carry: It starts from this.
-            externals: What it reads, without a graph.
+            externals: What it reads.
             vectors: For each weight; None is zero.
         """
         halves = self._halves
@@ -59,20 +58,16 @@ class Epilogue:
             inputs = inputs_at(record, externals, halves.first_at)
             return halves.first.evaluate(weights, carry.buffers, inputs, halves.made)
 
-        with second_order_here():
-            made, along = values_and_derivatives(outputs, [weight.detach() for weight in carry.weights], vectors)
-        with torch.enable_grad(), second_order_here():
+        externals = [external.detach() for external in externals]
+        made, along = values_and_derivatives(outputs, [weight.detach() for weight in carry.weights], vectors)
+        with torch.enable_grad():
             leaves = {index: externals[index].detach().requires_grad_() for index in self.read}
             moving = [
                 value.detach().requires_grad_(tangent is not None)
                 for value, tangent in zip(made, along, strict=True)
             ]  # fmt: skip
             read = [*(leaves.get(index, externals[index]) for index in halves.externals), *moving]
-            inputs = dataclasses.replace(
-                inputs_at(record, read, halves.second_at),
-                originals=[record.externals[index] for index in halves.externals],
-            )
-            loss = halves.second.run((), (), inputs)[0]
+            loss = halves.second.run((), (), inputs_at(record, read, halves.second_at))[0]
             pairs = [(value, tangent) for value, tangent in zip(moving, along, strict=True) if tangent is not None]
             found: Sequence[Tensor | None] = [None] * len(leaves)
             if pairs and leaves:

@@ -88,7 +88,7 @@ def values_and_derivatives(
         >>> values_and_derivatives(lambda x: [x**3, x.sum()], [x], [v])
         ([tensor([1., 8.]), tensor(3.)], [tensor([3., 0.]), tensor(1.)])
     """
-    with torch.no_grad(), _duals(inputs, tangents) as duals:
+    with _duals(inputs, tangents) as duals:
         parts = [
             forward_ad.unpack_dual(value) if isinstance(value, Tensor) else (value, None)
             for value in as_reverse_mode(function)(*duals)

@@ -94,14 +94,14 @@ def _renamed(call: Instruction, name: Callable[[Ref], Ref]) -> Instruction:
 
 
 def inputs_at(record: StepRecord, externals: Sequence[Tensor], at: Sequence[int]) -> StepInputs:
-    """What a part of a record's program, its calls `at` these places, reads besides the carry."""
+    """What calls of a record's program read besides the carry: those `at` these places, no function given to `step`."""
     return StepInputs(
         externals,
         record.externals,
         record.numbers,
         [record.rng[position] for position in at],
         [record.states[position] for position in at],
-        {at.index(position): target for position, target in record.targets.items() if position in at},
+        {},
     )
 
 

@@ -70,6 +70,18 @@ class Drawing(nn.Module):
         return self.last(torch.fft.ifft(torch.fft.fft(hidden) * 1.5).real)
 
 
+class Attentive(nn.Module):
+    """A kernel of its own, which has no derivative in forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.first(x).reshape(1, 4, -1, 24).chunk(3, dim=-1)
+        return self.last(F.scaled_dot_product_attention(query, key, value).reshape(len(x), 8))
+
+
 LOSSES = [weighed, weighed_by_a_net, learned, in_two_calls, through_no_grad]
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
@@ -125,9 +137,12 @@ def test_equals_the_full_unroll(loss: Loss, optimizer: str, steps: int, verify: 
         assert_same(found, run(loss, steps, optimizer=optimizer, lr=lr)[0])
 
 
+@pytest.mark.parametrize("net", [Drawing, Attentive])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
-def test_with_draws_and_statistics_of_the_batch(loss: Loss) -> None:
-    assert_same(run(loss, 2, net=Drawing, **MIXED)[0], run(loss, 2, net=Drawing)[0])
+def test_draws_statistics_of_the_batch_and_attention(loss: Loss, net: Callable[[], nn.Module]) -> None:
+    found, report = run(loss, 2, net=net, verify="off", **MIXED)
+    assert report.second_order_runs == 1
+    assert_same(found, run(loss, 2, net=net)[0])
 
 
 @pytest.mark.parametrize("asked", [("w",), ("b",), ("w", "b")], ids=str)
@@ -138,6 +153,7 @@ def test_the_first_step_takes_one_jvp(loss: Loss, asked: tuple[str, ...]) -> Non
     assert_same(found, run(loss, 1, asked=asked)[0])
     compared = run(loss, 1, asked=asked, **MIXED)[1]
     assert (compared.first_order_runs, compared.second_order_runs) == (3, 1)  # the gradient; reverse mode
+    assert run(loss, 3, asked=asked, **MIXED)[1].second_order_runs == 4  # two whole ones, and both ways compared
 
 
 def test_what_the_jvp_is_not_for() -> None:
@@ -175,11 +191,94 @@ def writing(fnet: Any, x: Tensor, y: Tensor, meta: Meta) -> Tensor:
     return errors.mean() + meta["b"] * errors.square().sum()
 
 
-@pytest.mark.parametrize("loss", [image_learned, penalized, reading_weights, writing], ids=lambda loss: loss.__name__)
+def penalized_by_inputs(fnet: Any, x: Tensor, y: Tensor, meta: Meta) -> Tensor:
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(fnet(x).sum(), x, create_graph=True)
+    return (meta["w"] * slope.square().mean(1)).mean() + meta["b"] * slope.mean()
+
+
+def by_closure(fnet: Any, x: Tensor, y: Tensor, meta: Meta) -> Tensor:
+    fnet.shift = meta["b"]
+    return (meta["w"][:, None] * (fnet(x) - y)).square().mean()
+
+
+class Shifted(nn.Module):
+    """It reads `shift` without being given it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(5, 3), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x) + self.shift)
+
+
+@pytest.mark.parametrize(
+    "loss", [image_learned, penalized, penalized_by_inputs, reading_weights, writing], ids=lambda loss: loss.__name__
+)
 def test_what_cannot_be_cut_is_pulled_back_whole(loss: Loss) -> None:
     found, report = run(loss, 1, verify="off", **MIXED)
     assert report.second_order_runs == 1
     assert_same(found, run(loss, 1)[0])
+
+
+def test_a_forward_that_reads_the_meta_parameter_is_pulled_back_whole() -> None:
+    found, report = run(by_closure, 1, net=Shifted, verify="off", **MIXED)
+    assert report.second_order_runs == 1
+    assert_same(found, run(by_closure, 1, net=Shifted)[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"verify": "off"}], ids=str)
+def test_state_that_outlives_the_weights_gets_its_cotangent(settings: dict[str, Any]) -> None:
+    """The weights are set anew at each step, the momentum is not."""
+
+    def gradients(**settings: Any) -> Tensor:
+        torch.manual_seed(0)
+        model, x, w = plain(), torch.randn(N, 5), torch.ones(N, requires_grad=True)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with higher.innerloop_ctx(model, opt, **settings) as (fnet, diffopt):
+            for _ in range(4):
+                diffopt.step((w * fnet(x).sin().mean(1)).mean())
+                last = list(fnet.parameters())
+                fnet.update_params([param.detach().requires_grad_() for param in last])
+            return torch.autograd.grad(torch.stack([param.sin().sum() for param in last]).sum(), w)[0]
+
+    expected = gradients()
+    assert (gradients(**MIXED, **settings) - expected).norm() <= 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("settings", [{}, {"verify": "off"}], ids=str)
+def test_a_callback_makes_v_depend_on_the_gradient(settings: dict[str, Any]) -> None:
+    def gradients(**settings: Any) -> Tensor:
+        torch.manual_seed(0)
+        model, x, w = plain(), torch.randn(N, 5), torch.ones(N, requires_grad=True)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        with higher.innerloop_ctx(model, opt, **settings) as (fnet, diffopt):
+            diffopt.step((w * fnet(x).sin().mean(1)).mean(), grad_callback=lambda grads: [grad**3 for grad in grads])
+            return torch.autograd.grad(fnet(x).sin().sum(), w)[0]
+
+    expected = gradients()
+    assert (gradients(**MIXED, **settings) - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_a_loss_that_changed_is_found() -> None:
+    """At the third use of a program its gradient is not compared, and none is computed."""
+    factor = 1.0
+
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return factor * super().forward(x)
+
+    x, w = torch.randn(N, 5), torch.ones(N, requires_grad=True)
+    model = Net(5, 3)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    with higher.innerloop_ctx(model, opt, **MIXED) as (fnet, diffopt):
+        for _ in range(3):
+            fnet.update_params([param.detach().requires_grad_() for param in fnet.parameters()])
+            diffopt.step((w * fnet(x).sin().mean(1)).mean())
+        factor = 1.01
+        with pytest.raises(higher.ReplayMismatchError, match="the loss was"), pytest.warns(higher.MixedFallbackWarning):
+            torch.autograd.grad(fnet.fast_params[0].sum(), w)
 
 
 def test_a_wrong_jvp_is_found_by_the_comparison() -> None:
