@@ -59,7 +59,7 @@ def through_no_grad(fnet: Any, x: Tensor, y: Tensor, meta: Meta) -> Tensor:
 
 
 class Drawing(nn.Module):
-    """Dropout, batch statistics and a complex intermediate."""
+    """Dropout, batch statistics, a complex intermediate, and a factor that is a constant for reverse mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,9 @@ class Drawing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.dropout(self.norm(self.first(x)).relu(), 0.3, self.training)
-        return self.last(torch.fft.ifft(torch.fft.fft(hidden) * 1.5).real)
+        with torch.no_grad():
+            scale = hidden.square().mean()
+        return self.last(torch.fft.ifft(torch.fft.fft(hidden) * 1.5).real * scale)
 
 
 class Attentive(nn.Module):
@@ -86,6 +88,7 @@ LOSSES = [weighed, weighed_by_a_net, learned, in_two_calls, through_no_grad]
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     "adam": (torch.optim.Adam, {"lr": 0.01, "eps": 1e-4}),
+    "without state": (torch.optim.SGD, {"lr": 0.1}),
 }
 
 
@@ -129,7 +132,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("verify", ["new", "all", "off"])
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 def test_equals_the_full_unroll(loss: Loss, optimizer: str, steps: int, verify: str) -> None:
     for lr in (True, False):
@@ -153,7 +156,8 @@ def test_the_first_step_takes_one_jvp(loss: Loss, asked: tuple[str, ...]) -> Non
     assert_same(found, run(loss, 1, asked=asked)[0])
     compared = run(loss, 1, asked=asked, **MIXED)[1]
     assert (compared.first_order_runs, compared.second_order_runs) == (3, 1)  # the gradient; reverse mode
-    assert run(loss, 3, asked=asked, **MIXED)[1].second_order_runs == 4  # two whole ones, and both ways compared
+    longer = run(loss, 3, asked=asked, optimizer="without state", **MIXED)[1]
+    assert longer.second_order_runs == 4  # two whole ones, and both ways compared
 
 
 def test_what_the_jvp_is_not_for() -> None:
