@@ -5,9 +5,14 @@
 
 Two steps are taken, each of whose carries is kept, and pulled back again and again (`retain_graph=True`), so that
 nothing is replayed and what is done once for a program (the comparison with reverse mode) is over before anything is
-measured. Peaks are live bytes (`lowmem_higher.testing.live_bytes`) beyond what the loop holds, in a run of their own.
-Times are seconds of the processor on one thread, taken in turns, reverse mode first in each round; a ratio is the
-median over the rounds.
+measured. With Adam there is one rival more, `journal=True`, whose loop keeps each step's gradient.
+
+Then the first step alone, where nobody wants the gradient of the initial weights: weights of examples are pulled back,
+once, in a loop of its own for each measurement, with and without that comparison.
+
+Peaks are live bytes (`lowmem_higher.testing.live_bytes`) beyond what the loop holds, in a run of their own. Times are
+seconds of the processor on one thread, taken in turns, reverse mode first in each round; a ratio is the median over the
+rounds.
 """
 
 from __future__ import annotations
@@ -71,6 +76,12 @@ RIVALS: dict[str, dict[str, Any]] = {
     "blocks": {"pullback": "mixed", "blocks": (Block,)},
     "blocks, 4 parts": {"pullback": "mixed", "blocks": (Block,), "microbatches": 4},
 }
+OF_ADAM = {"blocks, journal": {**RIVALS["blocks"], "journal": True}}
+FIRST: dict[str, dict[str, Any]] = {
+    "reverse": {"verify": "off"},
+    "mixed": {"pullback": "mixed", "verify": "off"},
+    "mixed, compared": {"pullback": "mixed"},
+}
 
 
 @dataclass
@@ -89,9 +100,11 @@ class Row:
 
 
 class Pulled:
-    """Two steps of one rival, ready to be pulled back as often as wanted."""
+    """Steps of one rival, ready to be pulled back as often as wanted."""
 
-    def __init__(self, sizes: argparse.Namespace, depth: int, optimizer: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, sizes: argparse.Namespace, depth: int, optimizer: str, settings: dict[str, Any], steps: int = STEPS
+    ) -> None:
         import lowmem_higher
 
         torch.manual_seed(0)
@@ -102,7 +115,7 @@ class Pulled:
             if optimizer == "sgd"
             else torch.optim.Adam(self.params, lr=1e-3, eps=1e-4)
         )
-        tokens = torch.randint(0, sizes.words, (STEPS, sizes.batch, sizes.length + 1))
+        tokens = torch.randint(0, sizes.words, (steps, sizes.batch, sizes.length + 1))
         self.weight = torch.ones(sizes.batch, requires_grad=True)
         vectors = [torch.randn_like(param) for param in self.params]
         with lowmem_higher.innerloop_ctx(net, opt, copy_initial_weights=False, checkpoint_every=1, **settings) as (
@@ -122,12 +135,17 @@ class Pulled:
         found = torch.autograd.grad(self.outer, [*self.params, self.weight], retain_graph=True)
         return torch.cat([gradient.flatten() for gradient in found])
 
+    def pull_back_first(self) -> Tensor:
+        """The gradient of the weights of examples alone."""
+        return torch.autograd.grad(self.outer, self.weight, retain_graph=True)[0]
+
 
 def measure(sizes: argparse.Namespace, depth: int, optimizer: str) -> list[Row]:
     """All rivals on one net."""
     from lowmem_higher.testing import live_bytes
 
-    pulled = {name: Pulled(sizes, depth, optimizer, settings) for name, settings in RIVALS.items()}
+    rivals = {**RIVALS, **(OF_ADAM if optimizer == "adam" else {})}
+    pulled = {name: Pulled(sizes, depth, optimizer, settings) for name, settings in rivals.items()}
     rows = {
         name: Row(depth, optimizer, name, sum(param.nbytes for param in one.params)) for name, one in pulled.items()
     }
@@ -150,6 +168,35 @@ def measure(sizes: argparse.Namespace, depth: int, optimizer: str) -> list[Row]:
             start = time.process_time()  # one thread: the time it was given, whoever else uses the machine
             one.pull_back()
             rows[name].seconds.append((time.process_time() - start) / STEPS)
+    return with_ratios(rows)
+
+
+def measure_first(sizes: argparse.Namespace, depth: int, optimizer: str) -> list[Row]:
+    """The first step of all rivals, where the weights of examples alone are asked for."""
+    from lowmem_higher.testing import live_bytes
+
+    rows: dict[str, Row] = {}
+    expected = None
+    for name, settings in FIRST.items():
+        one = Pulled(sizes, depth, optimizer, settings, steps=1)
+        row = rows[name] = Row(depth, optimizer, name, sum(param.nbytes for param in one.params))
+        with live_bytes() as memory:
+            found = one.pull_back_first()
+        expected = found if expected is None else expected
+        row.peak_bytes = memory.peak
+        row.memory_ratio = rows["reverse"].peak_bytes / memory.peak
+        row.gradient_difference = float((found - expected).norm() / expected.norm())
+    for _ in range(sizes.rounds):
+        for name, settings in FIRST.items():
+            one = Pulled(sizes, depth, optimizer, settings, steps=1)
+            start = time.process_time()
+            one.pull_back_first()
+            rows[name].seconds.append(time.process_time() - start)
+    return with_ratios(rows)
+
+
+def with_ratios(rows: dict[str, Row]) -> list[Row]:
+    """The rows, their times by that of reverse mode in the same round."""
     for row in rows.values():
         ratios = [mine / reverse for mine, reverse in zip(row.seconds, rows["reverse"].seconds, strict=True)]
         row.time_ratio = statistics.median(ratios)
@@ -165,7 +212,7 @@ def verdict(found: float, target: float | None, *, at_least: bool) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Nets and rivals down."""
+    """Nets and rivals down, with the targets of what was aimed at."""
     lines = [
         "| blocks | optimizer | pull-back | peak live bytes | in weights | reverse / peak | CPU seconds a step "
         "| time / reverse | gradient vs reverse |",
@@ -215,9 +262,11 @@ def main(argv: list[str] | None = None) -> int:
     command = ("python benchmarks/mixed.py " + " ".join(sys.argv[1:] if argv is None else argv)).strip()
     start = time.perf_counter()
     rows: list[Row] = []
+    first: list[Row] = []
     for optimizer in arguments.optimizers:
         for depth in arguments.depths:
             rows += measure(arguments, depth, optimizer)
+            first += measure_first(arguments, depth, optimizer)
             print(f"[{time.perf_counter() - start:.0f} s] {optimizer}, {depth} blocks", flush=True)
     net = (
         f"GPT-like, width {arguments.width}, {arguments.heads} heads, {arguments.words} words, "
@@ -228,6 +277,8 @@ def main(argv: list[str] | None = None) -> int:
             f"`{command}`: {net}, float32, weighted examples.",
             f"Measured with {common.describe_environment(environment)}.",
             table(rows),
+            "The first step, asked for the gradient of the weights of examples alone:",
+            table(first),
         ]
     )
     print("\n" + text)
@@ -238,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         "net": net,
         "wall_seconds": time.perf_counter() - start,
         "rows": [asdict(row) for row in rows],
+        "first": [asdict(row) for row in first],
     }
     if arguments.out is None:
         print(json.dumps(result, indent=1))
