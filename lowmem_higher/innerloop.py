@@ -263,7 +263,9 @@ def innerloop_ctx(
         first-order runs than your loop's. (`replay="native"`.)
         With `pullback="mixed"` a second-order run is one in forward over reverse mode, and one more compares each kind
         of step; T first-order runs are added for the inner gradients, but for SGD (whose update is linear in them) and
-        with `journal=True`. `blocks` add a forward to each run.
+        with `journal=True`. `blocks` add a forward to each run. A first step whose initial weights' gradient nobody
+        asks for, and whose meta-parameters come after the model's outputs (weights of examples, a learned loss), takes
+        a first-order run in place of the second-order one: one JVP of the outputs, which keeps no activations.
 
     Example:
         >>> import torch, lowmem_higher as higher

@@ -1,4 +1,4 @@
-"""A step program in two: what comes before the fast weights, and the rest.
+"""A step program in two, cut anywhere; or cut where the fast weights come in.
 
 A loop cuts a batch, `x[i : i + 10]`, adds noise to it, weighs examples. Such calls depend on no fast weight, and on
 numbers that differ at each step. They are run as they were recorded; the rest, the *body*, takes their results as
