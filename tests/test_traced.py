@@ -453,6 +453,27 @@ def test_compiled_steps_equal_the_full_unroll(loop: Loop, seen: Seen) -> None:
     assert seen.runs >= 2
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_cuda_graphs(optimizer: type[torch.optim.Optimizer]) -> None:
+    """What one launch gave is still there after the next ones: carries are, until the backward."""
+
+    def gradients(**settings: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).double().cuda()
+        x, w = torch.randn(12, 8).double().cuda(), torch.ones(12, 1).double().cuda().requires_grad_()
+        opt = optimizer(net.parameters(), lr=0.01)
+        with lowmem_higher.innerloop_ctx(net, opt, copy_initial_weights=False, **settings) as (fnet, diffopt):
+            for _ in range(24):
+                diffopt.step((w * fnet(x).sin()).mean())
+            return list(torch.autograd.grad(fnet(x).square().sum(), [w, *net.parameters()]))
+
+    expected = gradients()
+    for _ in range(2):
+        for found, tensor in zip(gradients(checkpoint_every=5, compile=True), expected, strict=True):
+            assert (found - tensor).norm() <= 1e-9 * tensor.norm()
+
+
 def test_what_is_not_compiled_warns_once_and_is_as_right(seen: Seen) -> None:
     with pytest.warns(CompileFallbackWarning, match="it draws random numbers") as warned:
         compare(loops.dropout, 9, checkpoint_every=3, compile=True)
