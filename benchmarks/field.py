@@ -35,14 +35,16 @@ from pathlib import Path
 from typing import Any
 
 import common
+import problems
 import torch
-from common import AMPLE, GRAPHS_TEN, HIGHER, NATIVE_ROOT, NATIVE_TEN, CountedModel, Problem, Rival, Setting
+from common import AMPLE, GRAPHS_TEN, HIGHER, NATIVE_ROOT, NATIVE_TEN, Rival, Setting
+from problems import CountedModel, Problem
 from scaling import by_hand
 from torch import Tensor
 
 from lowmem_higher.testing import live_bytes
 
-NETS = {"tiny": common.tiny, "mlp512": common.mlp, "conv4": common.conv4, "gpt": common.gpt}
+NETS = {"tiny": problems.tiny, "mlp512": problems.mlp, "conv4": problems.conv4, "gpt": problems.gpt}
 LONGEST = {"conv4": 200, "gpt": 200}  # of the default run: longer ones take hours
 MIXED = Setting("N=10, mixed", lambda steps: {"checkpoint_every": 10, "pullback": "mixed"})
 COMPILED = Setting("N=10, compiled", lambda steps: {"checkpoint_every": 10, "compile": True})
@@ -92,7 +94,7 @@ def with_torchopt(problem: Problem, steps: int) -> Tensor:
     optimizer = torchopt.MetaSGD(model, lr=rate, momentum=0.9, moment_requires_grad=True)
     try:
         for step in range(steps):
-            inputs, targets = problem.batches[step % common.NUMBER_OF_BATCHES]
+            inputs, targets = problem.batches[step % problems.NUMBER_OF_BATCHES]
             optimizer.step(problem.loss(model(inputs), targets))
         outer = problem.loss(model(problem.held_out[0]), problem.held_out[1])
         gradients = torch.autograd.grad(outer, [*initial, rate])

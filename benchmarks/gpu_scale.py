@@ -29,7 +29,7 @@ from typing import Any
 
 import common
 import torch
-from common import GptBlock, token_loss
+from problems import GptBlock, token_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 

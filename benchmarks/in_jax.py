@@ -1,4 +1,4 @@
-"""A problem of `common.py` in JAX: the same weights and batches, the loop as one compiled function.
+"""A problem of `problems.py` in JAX: the same weights and batches, the loop as one compiled function.
 
 As an expert writes it: `lax.scan` over segments of about sqrt(T) steps, each under `jax.checkpoint`, and inside a scan
 over steps that are checkpointed as well; the outer gradient by `jax.grad`, the whole of it jitted. Module by module the
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import GptBlock, Problem
+from problems import GptBlock, Problem
 from torch import nn
 from torch.nn import functional as F
 

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+import problems
 import torch
-from common import HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Problem, Rival
+from common import HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Rival
+from problems import Problem
 
 LAW_FROM = 5  # segments: with fewer of them one segment's transients differ from the law
 
@@ -141,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(arguments.device)
     environment = common.environment(device)
     memory = common.available_bytes(device)
-    problem = common.mlp(width=arguments.width, batch=arguments.batch, name="mlp").to(device)
+    problem = problems.mlp(width=arguments.width, batch=arguments.batch, name="mlp").to(device)
     command = ("python benchmarks/memory_scaling.py " + " ".join(sys.argv[1:] if argv is None else argv)).strip()
     start = time.perf_counter()
     points: list[Point] = []

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import problems
 import torch
 from common import Setting
 
@@ -45,7 +46,7 @@ def measure(
     """What one process does: `how` is one of "live bytes", "resident size" and "CUDA allocator"."""
     torch.set_num_threads(1)
     setting = next(setting for setting in common.SETTINGS if setting.name == name)
-    problem = common.mlp(width=width, batch=batch, name="mlp").to(torch.device(device))
+    problem = problems.mlp(width=width, batch=batch, name="mlp").to(torch.device(device))
     common.run(setting, problem, WARM_UP)
     meter = {"live bytes": LiveBytes, "resident size": ResidentBytes, "CUDA allocator": AllocatedBytes}[how]()
     profile = Profile([meter])
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "profile_memory",
         "command": ("python benchmarks/profile_memory.py " + " ".join(sys.argv[1:] if argv is None else argv)).strip(),
         "environment": environment,
-        "net": common.mlp(width=arguments.width, batch=arguments.batch).description,
+        "net": problems.mlp(width=arguments.width, batch=arguments.batch).description,
         "steps": arguments.steps,
         "meter": "CUDA allocator" if device.type == "cuda" else "live bytes",
         "rows": [],

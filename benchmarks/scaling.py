@@ -41,8 +41,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+import problems
 import torch
-from common import CountedModel, Problem, Setting
+from common import Setting
+from problems import CountedModel, Problem
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -88,7 +90,7 @@ def by_hand(problem: Problem, steps: int, *, reentrant: bool) -> Tensor:
                 state = tuple(tensor.detach().requires_grad_() for tensor in state)
             weights, momenta = list(state[: len(names)]), list(state[len(names) :])
             for step in range(start, min(start + length, steps)):
-                inputs, targets = problem.batches[step % common.NUMBER_OF_BATCHES]
+                inputs, targets = problem.batches[step % problems.NUMBER_OF_BATCHES]
                 outputs = functional_call(model, dict(zip(names, weights, strict=True)), (inputs,))
                 grads = torch.autograd.grad(problem.loss(outputs, targets), weights, create_graph=True)
                 momenta = [MOMENTUM * old + grad for old, grad in zip(momenta, grads, strict=True)]
@@ -278,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     ways |= {NOT_REENTRANT: NOT_REENTRANT, BY_HAND: BY_HAND}
     ways |= {setting.name: setting for setting in common.SETTINGS if setting.name != "full unroll"}
     arguments = parse(argv, list(ways))
-    problem = common.one_layer()
+    problem = problems.one_layer()
     saved = None if arguments.out is None else arguments.out / "scaling.json"
     cells: list[Cell] = []
     references: dict[int, Tensor] = {}

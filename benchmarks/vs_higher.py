@@ -32,8 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+import problems
 import torch
-from common import AMPLE, GRAPHS_TEN, HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Problem, Rival
+from common import AMPLE, GRAPHS_TEN, HIGHER, NATIVE_ROOT, NATIVE_TEN, TORCH_TEN, UNROLL, Rival
+from problems import Problem
 from torch import Tensor
 
 RIVALS = (HIGHER, UNROLL, AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, TORCH_TEN)
@@ -43,7 +45,7 @@ TARGETS = {  # time over higher's
     NATIVE_TEN: {"tiny": 1.5, "mlp512": 1.35, "conv4": 1.35},
     AMPLE: {"tiny": 1.0, "mlp512": 1.0, "conv4": 1.3},
 }
-NETS = {"tiny": common.tiny, "mlp512": common.mlp, "conv4": common.conv4}
+NETS = {"tiny": problems.tiny, "mlp512": problems.mlp, "conv4": problems.conv4}
 PROBE_STEPS = (4, 8, 12)  # two for the line, one to check it
 MEASURED_MEMORY_STEPS = 50  # above it, the memory of the dense and the convolutional net is computed
 
