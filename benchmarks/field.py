@@ -51,9 +51,11 @@ COMPILED = Setting("N=10, compiled", lambda steps: {"checkpoint_every": 10, "com
 TRACED = Setting("N=10, traced", lambda steps: {"checkpoint_every": 10, "compile": "trace"})
 SCAN_TRACED = Setting("N=10, scan traced", lambda steps: {"checkpoint_every": 10, "compile": "trace"}, scan=True)
 SCAN_COMPILED = Setting("N=10, scan compiled", lambda steps: {"checkpoint_every": 10, "compile": True}, scan=True)
+SCAN_HELD = Setting("N=1, scan compiled", lambda steps: {"checkpoint_every": 1, "compile": True}, scan=True)
 SLOTS = Setting("s=30", lambda steps: {"checkpoints": 30})
 OURS: tuple[Rival | Setting, ...] = (
     AMPLE, GRAPHS_TEN, NATIVE_TEN, NATIVE_ROOT, SLOTS, MIXED, TRACED, COMPILED, SCAN_TRACED, SCAN_COMPILED,
+    SCAN_HELD,
 )  # fmt: skip
 
 
