@@ -314,17 +314,18 @@ def mixed(result: dict[str, Any], path: Path) -> None:
     rivals = list(dict.fromkeys(row["rival"] for row in rows))
     nets = list(dict.fromkeys((row["depth"], row["optimizer"]) for row in rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
-    colors = dict(zip(rivals, ("#c0392b", "#e08e0b", "#1f6fb4", "#14876b"), strict=False))
+    colors = dict(zip(rivals, ("#c0392b", "#e08e0b", "#1f6fb4", "#14876b", "#7d5ba6"), strict=False))
     width = 0.8 / len(rivals)
     for axes, key in ((left, "peak_bytes"), (right, "time_ratio")):
         for position, rival in enumerate(rivals):
             mine = {(row["depth"], row["optimizer"]): row for row in rows if row["rival"] == rival}
-            places = [index + (position - (len(rivals) - 1) / 2) * width for index in range(len(nets))]
+            offset = (position - (len(rivals) - 1) / 2) * width
+            places = [index + offset for index, net in enumerate(nets) if net in mine]
             unit = 2**20 if key == "peak_bytes" else 1
-            heights = [mine[net][key] / unit for net in nets]
+            heights = [row[key] / unit for row in mine.values()]
             bars = axes.bar(places, heights, width, color=colors[rival], label=rival)
             if key == "peak_bytes" and position:
-                labels = [f"1/{mine[net]['memory_ratio']:.1f}" for net in nets]
+                labels = [f"1/{row['memory_ratio']:.1f}" for row in mine.values()]
                 axes.bar_label(bars, labels, fontsize=7, color=INK)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
