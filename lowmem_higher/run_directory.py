@@ -19,6 +19,7 @@ a damaged one is removed, with a warning, and the run goes on from an earlier on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -295,12 +296,22 @@ def opened(path: Path) -> Iterator[RunFiles]:
 
     Raises:
         RunDirectoryError: Another process has it, or it cannot be made.
+        StoreError: The disk is full.
     """
+    made = False
     try:
         made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     except OSError as error:
+        if made:
+            with suppress(OSError):
+                path.rmdir()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"run_dir={str(path)!r} cannot be used: {error.strerror}. Make room there and make the same call "
+                "again, or give another directory: metagradient(..., run_dir=...)."
+            ) from error
         raise RunDirectoryError(
             f"run_dir={str(path)!r} cannot be used: {error.strerror}. Give a directory that can be written to."
         ) from error
@@ -333,8 +344,9 @@ def _locked(path: Path) -> int:
             ) from error
         with suppress(OSError):
             if os.fstat(handle).st_ino == (path / "lock").stat().st_ino:  # else its last holder has removed it
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                with suppress(OSError):  # a full disk: the lock is held without its holder's name
+                    os.truncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return handle
         os.close(handle)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from full_disk import on_a_disk, spaces
 from hypothesis import given
 from hypothesis import strategies as st
 from survivor import CUT, Problem, same
@@ -258,6 +260,52 @@ def test_a_full_disk_is_an_error_that_one_goes_on_from(
             Problem().run(STEPS, tmp_path / "run", checkpoints=3)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.part"))
     assert same(go_on(tmp_path / "run"), expected)
+
+
+@pytest.mark.skipif(not spaces()[0], reason=spaces()[1])
+def test_a_disk_that_somebody_else_fills(tmp_path: Path) -> None:
+    found = on_a_disk(tmp_path, "unforeseen=0,4,14,25", "log=342", "store=0,20")
+    for kind, outcome in found.items():
+        assert outcome["refused"] >= {"unforeseen": 10, "log": 1, "store": 4}[kind]
+        assert outcome["not the same bits"] == outcome["odd files"] == outcome["files left"] == 0, outcome
+        for said in outcome["said"]:
+            assert "No space left on device. " in said
+            assert re.search(r"make room there and make the same call again|Give one that can|Make room there", said)
+    said = " ".join([*found["unforeseen"]["said"], *found["log"]["said"]])
+    for what in (
+        "run_dir='DISK/run' cannot",
+        "The manifest could",
+        "newest-#",
+        "final-#",
+        "adjoint-#",
+        "The log of the",
+    ):
+        assert what in said
+
+
+def test_a_lock_without_room_for_its_holder_is_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = iter(range(10))
+
+    def full(handle: int, content: bytes, offset: int) -> int:
+        next(tries)  # raises something else if it is tried again and again
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with opened(tmp_path / "run"), pytest.raises(higher.RunDirectoryError, match="in use by another process"):
+        go_on(tmp_path / "run")
+
+
+def test_no_room_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        with pytest.raises(
+            higher.StoreError, match=r"cannot be used: No space left on device.*make the same call again"
+        ):
+            go_on(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_little_room_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
