@@ -1,6 +1,6 @@
 """Does a run that is killed at any moment, or whose disk fills up, return the bits of one that is not?
 
-    python benchmarks/survive.py            # kill -9 at 50 random moments in the loop and 50 in the backward; full disks
+    python benchmarks/survive.py            # kill -9 at 50 random moments in the loop and in the backward; full disks
     python benchmarks/survive.py --quick    # 4 and 4, and disks at 3 moments; writes nothing
     python benchmarks/survive.py --only disk
 
@@ -29,33 +29,30 @@ import common
 import torch
 
 STEPS = 40
-READS = 46  # batches that a run with 14 steps reads
+ROOT = common.HERE.parent
+READS = 46  # batches that a run of full_disk.py reads
+TORN = 342  # the batch after which the log passes the end of a page
 DISKS = {
     "foreseen": "`run_dir`",
     "unforeseen": "`run_dir`, free space not known before",
-    "log": "`run_dir`, 345 steps, in the middle of a record of the log",
+    "log": "`run_dir`, 345 steps, full in the middle of a record of its log",
     "store": "`store=` a directory",
-    "both": "both",
+    "both": "both, free space not known before",
 }
 
 
-def section_of_disks(result: dict[str, Any]) -> str:
-    """What the README shows of full disks."""
-    rows = [
-        "| files of | disks filled | refused with `StoreError` | needed no more room | other bits | half or lost files |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kind, name in DISKS.items():
-        found = result["disk"][kind]
-        through = found["attempts"] - found["refused"]
-        odd = found["odd files"] + found["files left"]
-        counts = (found["attempts"], found["refused"], through, found["not the same bits"], odd)
-        rows.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
-    return "\n".join(rows)
+def kill(quick: bool, kills: int, seed: int) -> dict[str, Any]:
+    """Kill runs."""
+    count = 4 if quick else kills
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "tests/survivor.py", folder, *map(str, (STEPS, count, count, seed))]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return {"steps": STEPS, **json.loads(done.stdout.splitlines()[-1])}
 
 
-def section(result: dict[str, Any]) -> str:
-    """What the README shows of kills."""
+def of_kills(result: dict[str, Any]) -> str:
+    """What the README shows of them."""
     kills = result["kills"]
     return "\n\n".join(
         [
@@ -68,33 +65,68 @@ def section(result: dict[str, Any]) -> str:
     )
 
 
+def fill(quick: bool, kills: int, seed: int) -> dict[str, Any]:
+    """Fill disks.
+
+    Raises:
+        RuntimeError: None can be mounted.
+    """
+    sys.path.insert(0, str(ROOT / "tests"))
+    from full_disk import on_a_disk, spaces
+
+    if not spaces()[0]:
+        raise RuntimeError(f"{spaces()[1]}. Run it as a user who may, or without full disks: --only kills.")
+    moments = [0, 4, 20] if quick else [0, *range(1, READS, 2)]
+    given = {kind: [TORN] if kind == "log" else moments for kind in DISKS}
+    with tempfile.TemporaryDirectory() as folder:
+        found = on_a_disk(Path(folder), *(f"{kind}={','.join(map(str, at))}" for kind, at in given.items()))
+    wrong = sum(one["not the same bits"] + one["odd files"] + one["files left"] for one in found.values())
+    return {"disks": found, "not_the_same_bits": wrong}
+
+
+def of_disks(result: dict[str, Any]) -> str:
+    """What the README shows of them."""
+    rows = ["| files of | disks filled | `StoreError` | had all they needed | other bits | half or lost files |"]
+    rows.append("|---|---|---|---|---|---|")
+    for kind, name in DISKS.items():
+        found = result["disks"][kind]
+        odd = found["odd files"] + found["files left"]
+        through = found["attempts"] - found["refused"]
+        counts = (found["attempts"], found["refused"], through, found["not the same bits"], odd)
+        rows.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
+    measured = f"Measured with {common.describe_environment(result['environment'])}."
+    return "\n\n".join([f"`{result['command']}`", measured, "\n".join(rows)])
+
+
+SECTIONS = {"kills": ("survive", kill, of_kills), "disk": ("disk", fill, of_disks)}
+
+
 def main() -> int:
-    """Kill, print, save."""
-    parser = argparse.ArgumentParser(description="runs that are killed")
+    """Kill, fill, print, save."""
+    parser = argparse.ArgumentParser(description="runs that are killed, or whose disk is full")
+    parser.add_argument("--only", choices=SECTIONS, help="one of the two")
     parser.add_argument("--kills", type=int, default=50, help="in each phase")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="smoke test: a few kills and disks, writes nothing")
+    parser.add_argument("--quick", action="store_true", help="smoke test: a few of each, writes nothing")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder for the JSON")
     parser.add_argument("--no-readme", action="store_true", help="leave benchmarks/README.md as it is")
     arguments = parser.parse_args()
-    results = {}
-    if arguments.only != "disk":
-        results["survive"] = kill(4 if arguments.quick else arguments.kills, arguments.seed)
-    if arguments.only != "kills":
-        results["disk"] = fill(quick=arguments.quick)
-    environment = common.environment(torch.device("cpu"))
-    command = ("python benchmarks/survive.py " + " ".join(sys.argv[1:])).strip()
-    wrong = 0
-    for name, found in results.items():
-        result = {"benchmark": f"{name}", "command": command, "environment": environment, **found}
-        text = section(result) if name == "survive" else described(result)
+    environment, wrong = common.environment(torch.device("cpu")), 0
+    for section in [arguments.only] if arguments.only else SECTIONS:
+        name, measure, shown = SECTIONS[section]
+        result = {
+            "benchmark": name,
+            "command": ("python benchmarks/survive.py " + " ".join(sys.argv[1:])).strip(),
+            "environment": environment,
+            **measure(arguments.quick, arguments.kills, arguments.seed),
+        }
         print(json.dumps(result, indent=1))
-        print(text)
+        print(shown(result))
+        wrong += result["not_the_same_bits"]
         if not arguments.quick:
-            common.write_json(arguments.out / f"{FILES[name]}.json", result)
+            common.write_json(arguments.out / f"{name}.json", result)
             if not arguments.no_readme:
-                common.write_section(FILES[name], text)
-        wrong += result["wrong"]
+                common.write_section(name, shown(result))
     return int(wrong > 0)
 
 
