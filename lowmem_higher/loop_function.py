@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem_higher.errors import RecordError
+from lowmem_higher.flat import NotTraceableError
 from lowmem_higher.optim.base import DifferentiableOptimizer
+from lowmem_higher.replay_state import capture_rng, same_rng, write_rng
 from lowmem_higher.step_log import StepLog
 
 Meta = Mapping[str, Tensor] | Sequence[Tensor]
@@ -42,9 +45,7 @@ class LoopFunction:
 
     def __call__(self, fmodel: Any, step: int, *meta: Any) -> Tensor:
         """The inner loss of a step."""
-        batch = self.batches[step] if hasattr(self.batches, "__getitem__") else self.batches(step)
-        if self.verify:
-            self.log.check_batch(step, batch)
+        batch = self.batch(step)
         if isinstance(self.meta, Mapping):
             loss = self.loss_fn(fmodel, batch, **dict(zip(self.meta, meta, strict=True)))
         else:
@@ -52,6 +53,13 @@ class LoopFunction:
         if self._taking and isinstance(loss, Tensor):
             self._taken = loss.detach()
         return loss
+
+    def batch(self, step: int) -> Any:
+        """What a step reads; the same whenever it is read, or that raises."""
+        batch = self.batches[step] if hasattr(self.batches, "__getitem__") else self.batches(step)
+        if self.verify:
+            self.log.check_batch(step, batch)
+        return batch
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -80,6 +88,24 @@ class LoopFunction:
         if self.verify and taken is not None:
             self.log.check_loss(step, taken)
 
+    def scan(self, diffopt: DifferentiableOptimizer, start: int, stop: int) -> bool:
+        """Take the steps from `start` to `stop` by traces; False, and nothing is changed, where that can't be."""
+        devices = {tensor.device for tensor in diffopt._fmodel._view.current if tensor.is_cuda}
+        before = capture_rng(devices)
+        fn, args = self.loss_fn, tuple[Any, ...](self.tensors)
+        if isinstance(self.meta, Mapping):
+            fn, args = _by_name(fn), (dict(self.meta),)
+        try:
+            taken = diffopt._scanned(fn, _Stretch(self, start, stop, devices), args)
+        except Exception as error:
+            error.add_note(f"(metagradient: the scan begins at step {start})")
+            raise
+        if taken:
+            self.log.count = stop
+        else:
+            write_rng(before)
+        return taken
+
     def term(self, fmodel: Any, steps: int) -> Tensor | None:
         """What the outer loss gains after so many steps."""
         fn = self.terms.get(steps)
@@ -95,6 +121,33 @@ class LoopFunction:
                 "it compute with them only, or write this loop yourself: innerloop_ctx(model, opt, ...)."
             )
         return found
+
+
+def _by_name(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def inner_loss(fmodel: Any, batch: Any, meta: Mapping[str, Tensor]) -> Tensor:
+        return loss_fn(fmodel, batch, **meta)
+
+    return inner_loss
+
+
+class _Stretch(Sequence[Any]):
+    """The batches of some steps, each read when it is asked for."""
+
+    def __init__(self, function: LoopFunction, start: int, stop: int, devices: Iterable[torch.device]) -> None:
+        self._function, self._start, self._stop, self._devices = function, start, stop, devices
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: Any) -> Any:
+        step = self._start + index
+        if step < self._function.log.count:  # it was taken: this is a replay
+            return self._function.batch(step)
+        before = capture_rng(self._devices)
+        batch = self._function.batch(step)
+        if not same_rng(before, capture_rng(self._devices)):
+            raise NotTraceableError("reading a batch draws random numbers, which a replay would have to draw again")
+        return batch
 
 
 def check_outer(found: object) -> None:

@@ -193,12 +193,15 @@ def _in_memory(
     with inner_loop(model, opt, settings, **context) as (fmodel, diffopt):
         initial = dict(fmodel.named_parameters())
         total: Tensor | None = None
-        for step in range(steps + 1):
-            if step > 0:
-                function.take(diffopt, step - 1)
-            term = function.term(fmodel, step)
+        at = 0
+        for stop in sorted({*function.terms, steps}):
+            if not (settings.compile and stop > at and function.scan(diffopt, at, stop)):
+                for step in range(at, stop):
+                    function.take(diffopt, step)
+            at = stop
+            term = function.term(fmodel, at)
             if term is not None:
-                term = term if step == steps else diffopt.outer(term)
+                term = term if at == steps else diffopt.outer(term)
                 total = term if total is None else total + term
         assert total is not None
         trained = {name: weight for name, weight in initial.items() if weight.requires_grad}
@@ -318,6 +321,12 @@ def _planned(settings: Settings, steps: int, function: LoopFunction) -> PiecePla
         raise ValueError(
             f"{what} keeps whole graphs, which no file can hold. With run_dir say how many carries to keep: "
             "checkpoints=30, or checkpoint_every=100."
+        )
+    if settings.compile:
+        raise ValueError(
+            f"compile={settings.compile!r} and run_dir were both given. Traced and compiled steps round in a way of "
+            "their own, from some use on in each process, so a run that goes on would not return the bits of one that "
+            "was never ended. Leave one of them out: metagradient(..., run_dir=...)."
         )
     end = 0 if settings.truncate is None else max(0, steps - settings.truncate)
     if end > 0 and min(function.terms) <= end:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lowmem_higher as higher
 from lowmem_higher import pieces, resumable
+from lowmem_higher.scan import Scan
 from lowmem_higher.schedule import optimal_runs
 from lowmem_higher.testing import live_bytes, taylor_test
 
@@ -122,6 +123,110 @@ class Connected(torch.autograd.Function):
         return cotangent * ctx.saved_tensors[0], None, None
 
 
+# ------------------------------------------------------------------------------------------------ traced steps
+
+
+class Traceable(Problem):
+    """Without random draws, and with what a batch holds as tensors."""
+
+    def __init__(self, optimizer: str = "adam") -> None:
+        super().__init__(optimizer)
+        self.net.drop = nn.Dropout(0.0).eval()
+        self.alive, self.most = weakref.WeakSet[Tensor](), 0
+
+    def batches(self, step: int) -> tuple[Any, Tensor, Tensor]:
+        self.reads += 1
+        self.at_read(self.reads)
+        x = self.x[step % 12] + 0.0
+        self.alive.add(x)
+        self.most = max(self.most, len(self.alive))
+        return torch.tensor([step % 12]), x, self.y[step % 12]
+
+
+@pytest.fixture
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps went by traces, scan by scan."""
+    found: list[int] = []
+    steps = Scan.steps
+
+    def counted(self: Scan, *args: Any) -> Any:
+        result = steps(self, *args)
+        found.append(len(self.batches))
+        return result
+
+    monkeypatch.setattr(Scan, "steps", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        ("adam", {"compile": "trace"}),
+        ("sgd", {"compile": "trace", "checkpoint_every": 3, "checkpoints": None}),
+    ],
+    ids=str,
+)
+def test_compiled_steps_go_by_scans_from_term_to_term(
+    optimizer: str, settings: dict[str, Any], scanned: list[int]
+) -> None:
+    expected = free_form(Traceable(optimizer), 17, checkpoint_every=None)
+    problem = Traceable(optimizer)
+    found = problem.run(17, **{"checkpoints": 3, **settings})
+    assert scanned == [8, 9]
+    assert problem.most <= 2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_compiled_with_named_meta_and_a_list(scanned: list[int]) -> None:
+    def loss(fnet: Any, batch: Any, scale: Tensor, idle: Tensor) -> Tensor:
+        return plain_loss(fnet, batch, scale)
+
+    def named(**settings: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        meta = {"scale": torch.tensor(0.3, dtype=torch.float64, requires_grad=True), "idle": tensor_of(1.0)}
+        return bits(call(loss_fn=loss, meta=meta, outer={2: plain_outer}, **settings))
+
+    assert same(named(compile="trace", checkpoints=2), named(checkpoints=2))
+    assert scanned == [2, 4]
+
+
+def test_draws_of_a_batch_or_of_the_model_go_step_by_step(scanned: list[int]) -> None:
+    for problem, reason in ((Problem("sgd"), "a batch draws"), (Traceable("sgd"), "it draws")):
+        if isinstance(problem, Traceable):
+            problem.net.drop = nn.Dropout(0.2)
+        expected = problem.run(12, checkpoints=2)
+        with pytest.warns(higher.CompileFallbackWarning, match=f"loop of steps, since .*{reason}"):
+            assert same(problem.run(12, checkpoints=2, compile="trace"), expected)
+    assert scanned == []
+
+
+def test_a_changed_batch_is_noticed_in_a_scan(scanned: list[int]) -> None:
+    problem = Traceable("sgd")
+    x = problem.x
+
+    def change(read: int) -> None:
+        if read == 23:
+            problem.x = x + 1e-12
+
+    problem.at_read = change
+    with pytest.raises(higher.ReplayMismatchError, match=r"The batch of step \d+ is not what it was"):
+        problem.run(20, checkpoints=2, compile="trace")
+    assert scanned == [10, 10]
+
+
+def test_an_error_in_a_scan_says_from_where_steps_are_counted() -> None:
+    problem = Traceable("sgd")
+
+    def loss(fnet: Any, batch: Any, weights: Tensor, rate: Tensor) -> Tensor:
+        return Problem.loss(problem, fnet, batch, weights, rate) / (1 - (batch[0] == 8).double())
+
+    problem.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="The loss of step 2 of a scan") as caught:
+        problem.run(12, checkpoints=2, compile="trace")
+    assert "the scan begins at step 6" in caught.value.__notes__[0]
+
+
 # ------------------------------------------------------------------------------------------------ what goes in and out
 
 
@@ -222,6 +327,8 @@ def tensor_of(*values: float, grad: bool = True) -> Tensor:
         ({"checkpoint_every": 2, "truncate": 3, "outer": {3: plain_outer}, "run_dir": "run"}, ValueError,
          "outer has a term after 3 steps"),
         ({"memory_budget": 0.5, "run_dir": "run"}, ValueError, "memory_budget=0.5 keeps whole graphs"),
+        ({"compile": "trace", "run_dir": "run"}, ValueError, "compile='trace' and run_dir were both given"),
+        ({"compile": True, "run_dir": "run"}, ValueError, "would not return the bits of one that was never ended"),
     ],
 )  # fmt: skip
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
