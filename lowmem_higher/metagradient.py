@@ -102,7 +102,7 @@ def metagradient(
         steps: The number of inner steps.
         outer: `outer(fmodel)`, the outer loss after the last step, a scalar; or `{steps: function}`: the sum of such
             terms, each taken after so many steps. With `run_dir` a term is computed again at each run of its step, and
-            past weights (`time=`) cannot be asked for.
+            past weights (`time=`) cannot be asked for, nor under `compile` those between two terms.
         meta: The tensors that gradients are wanted of besides the initial weights, a sequence or a dictionary; leaves
             that require grad. All go to `loss_fn`, also hyperparameters in `override`.
         run_dir: A directory for the files of this run, made if it is not there. If the process is killed, the same call
@@ -114,6 +114,10 @@ def metagradient(
         settings: The keywords of `innerloop_ctx`: `checkpoints` (30, if nothing is said), `checkpoint_every`,
             `override`, `device`, `pullback`, `truncate`, `first_order`, `verify`, `compile` and so on.
             `verify="off"` compares no checksums either. With `run_dir` no `memory_budget` and no full unroll.
+            With `compile="trace"` or `True` the steps from one term of `outer` to the next are one `diffopt.scan`, the
+            loop's included, and the gradients agree to rounding. `loss_fn` then reads tensors through its arguments
+            and the functional model alone; give an index in a batch as a tensor. Not with `run_dir`: where a process
+            begins to use compiled code would show in the bits.
 
     Returns:
         A `MetaGradient`: the outer loss, its gradients by name for the initial weights and for `meta`, the final
@@ -129,6 +133,7 @@ def metagradient(
             was finished and saved, and the command to go on was printed. A second signal ends at once.
 
     Warns:
+        CompileFallbackWarning: Under `compile` the steps cannot be traced; they are taken one by one.
         DamagedFileWarning: A file in `run_dir` is not what was written: the run goes on from an earlier one.
 
     Memory:
