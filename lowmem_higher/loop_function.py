@@ -90,13 +90,16 @@ class LoopFunction:
 
     def scan(self, diffopt: DifferentiableOptimizer, start: int, stop: int) -> bool:
         """Take the steps from `start` to `stop` by traces; False, and nothing is changed, where that can't be."""
+        executor = diffopt._executor
+        if executor is None or start == stop:
+            return False
         devices = {tensor.device for tensor in diffopt._fmodel._view.current if tensor.is_cuda}
         before = capture_rng(devices)
         fn, args = self.loss_fn, tuple[Any, ...](self.tensors)
         if isinstance(self.meta, Mapping):
             fn, args = _by_name(fn), (dict(self.meta),)
         try:
-            taken = diffopt._scanned(fn, _Stretch(self, start, stop, devices), args)
+            taken = executor.scan(diffopt, fn, _Stretch(self, start, stop, devices), args)
         except Exception as error:
             error.add_note(f"(metagradient: the scan begins at step {start})")
             raise

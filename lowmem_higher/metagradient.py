@@ -116,8 +116,8 @@ def metagradient(
             `verify="off"` compares no checksums either. With `run_dir` no `memory_budget` and no full unroll.
             With `compile="trace"` or `True` the steps from one term of `outer` to the next are one `diffopt.scan`, the
             loop's included, and the gradients agree to rounding. `loss_fn` then reads tensors through its arguments
-            and the functional model alone; give an index in a batch as a tensor. Not with `run_dir`: where a process
-            begins to use compiled code would show in the bits.
+            and the functional model alone; give an index in a batch as a tensor, and each batch tensors of its own. Not
+            with `run_dir`: where a process begins to use compiled code would show in the bits.
 
     Returns:
         A `MetaGradient`: the outer loss, its gradients by name for the initial weights and for `meta`, the final
@@ -200,7 +200,7 @@ def _in_memory(
         total: Tensor | None = None
         at = 0
         for stop in sorted({*function.terms, steps}):
-            if not (settings.compile and stop > at and function.scan(diffopt, at, stop)):
+            if not (settings.compile and function.scan(diffopt, at, stop)):
                 for step in range(at, stop):
                     function.take(diffopt, step)
             at = stop

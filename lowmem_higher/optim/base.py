@@ -448,14 +448,10 @@ class DifferentiableOptimizer:
         def inner_loss(fmodel: Any, index: int, *args: Any) -> Tensor:
             return fn(fmodel, given[index], *args)
 
-        if not self._scanned(fn, given, args):
+        if len(given) > 0 and (self._executor is None or not self._executor.scan(self, fn, given, args)):
             for index in range(len(given)):
                 self.step(inner_loss, index, *args)
         return [] if self._fmodel is None else list(self._fmodel._view.current)
-
-    def _scanned(self, fn: Callable[..., Tensor], batches: Sequence[Any], args: tuple[Any, ...]) -> bool:
-        """Take the steps of `scan` as one node; False, and nothing is changed, where that can't be."""
-        return len(batches) > 0 and self._executor is not None and self._executor.scan(self, fn, batches, args)
 
     def outer(self, loss: Tensor) -> Tensor:
         """A term of the outer loss, taken on the way: the same value and gradient, and no graph is held for it.
