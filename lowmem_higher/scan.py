@@ -24,7 +24,9 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -238,10 +240,14 @@ class Trace:
     Args:
         function: What is traced.
         inputs: Of a step.
+
+    Attributes:
+        seconds: Spent making its graphs, and compiling them.
     """
 
     def __init__(self, function: Function, inputs: Inputs) -> None:
         inputs.check()
+        self.seconds = 0.0
         self.uses: dict[Graph, int] = {}
         self._ambient = function.ambient
         self._lifted: dict[StateKey, type] = {}  # numbers of the optimizer state, which are inputs
@@ -305,8 +311,21 @@ class Trace:
             outputs = body(function, Inputs(carry, inputs.batch, leaves, constant), list(remaining))
             return [None if output is None else output.contiguous() for output in outputs]
 
-        graph = traced(flat, self.flat(inputs, cotangents))
+        with self._making():
+            graph = traced(flat, self.flat(inputs, cotangents))
         return FlatGraph(graph, fresh=range(len(graph.nodes)))
+
+    def _compiled(self, graph: FlatGraph, tensors: list[Tensor], compiler: Compiler) -> Graph:
+        with self._making():
+            return compiler.compiled(graph, tensors)
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += perf_counter() - started
 
     def run(self, graph: Graph, tensors: Sequence[Tensor]) -> list[Any]:
         """Run one of its graphs, with the switches that it was traced under."""
@@ -347,7 +366,7 @@ class Trace:
     def advance_graph(self, inputs: Inputs, compiler: Compiler | None) -> Graph:
         """What computes the next carry: compiled by `compiler` if there is one, or was."""
         if self._compiled_advance is None and compiler is not None:
-            self._compiled_advance = compiler.compiled(self._advance, self.flat(inputs))
+            self._compiled_advance = self._compiled(self._advance, self.flat(inputs), compiler)
         return self._compiled_advance or self._advance
 
     # The pullback
@@ -363,7 +382,7 @@ class Trace:
             self._pull_back = self._traced(function, inputs, self._pulled_back, cotangents)
         if self._compiled_pull_back is None and compiler is not None:
             cotangents = self.cotangents(inputs, Adjoint({}, {}, []))
-            self._compiled_pull_back = compiler.compiled(self._pull_back, self.flat(inputs, cotangents))
+            self._compiled_pull_back = self._compiled(self._pull_back, self.flat(inputs, cotangents), compiler)
         return self._compiled_pull_back or self._pull_back
 
     def _pulled_back(self, function: Function, inputs: Inputs, cotangents: list[Tensor]) -> list[Any]:
@@ -536,12 +555,20 @@ class Scan:
         verify: "new", "all" or "off": when traces are compared with the function.
         known: What was traced of this model before.
         compiler: Makes a faster function of a flat graph; None: it is run call by call.
+        on_traced: Is told how long it took to trace and to compile, each time.
     """
 
     def __init__(
-        self, function: Function, batches: Sequence[Any], verify: str, known: Known, compiler: Compiler | None
+        self,
+        function: Function,
+        batches: Sequence[Any],
+        verify: str,
+        known: Known,
+        compiler: Compiler | None,
+        on_traced: Callable[[float], None],
     ) -> None:
         function.check()
+        self._on_traced = on_traced
         self.function, self.batches, self.verify = function, batches, verify
         self._compiler = compiler
         self._traces = known.of(function, compiler is not None)
@@ -558,12 +585,14 @@ class Scan:
         """Take a step of the loop."""
         inputs = self.inputs(index, carry)
         trace = self._traces.get(inputs.signature)
+        before = 0.0 if trace is None else trace.seconds
         if trace is None or not trace.fits(inputs):
             if len(self._traces) == _SHAPES:
                 raise NotTraceableError("its tensors have too many different shapes")
             trace = self._traces[inputs.signature] = Trace(self.function, inputs)
         self._taken[trace] = self._taken.get(trace, 0) + 1
         run = trace.advance_graph(inputs, self._compiler_of(trace))
+        self._tell(trace, before)
         loss, following = trace.advance(inputs, run)
         if self._is_due(trace, run):
             found = [loss, *following.tensors()]
@@ -599,7 +628,9 @@ class Scan:
 
     def pull_back(self, trace: Trace, inputs: Inputs, adjoint: Adjoint) -> Tensor:
         """Take the adjoint from a step's outputs to its inputs; returns the step's loss."""
+        before = trace.seconds
         run = trace.pull_back_graph(self.function, inputs, self._compiler_of(trace))
+        self._tell(trace, before)
         cotangents = trace.cotangents(inputs, adjoint)
         found = trace.run(run, trace.flat(inputs, cotangents))
         if self._is_due(trace, run):
@@ -625,6 +656,10 @@ class Scan:
     def _compiler_of(self, trace: Trace) -> Compiler | None:
         """None for a trace of few steps: the first one, whose optimizer state is empty, the last batch."""
         return self._compiler if self._taken[trace] > COMPILE_AFTER else None
+
+    def _tell(self, trace: Trace, before: float) -> None:
+        if trace.seconds > before:
+            self._on_traced(trace.seconds - before)
 
     def _is_due(self, trace: Trace, run: Graph) -> bool:
         """Whether this use of a trace is to be compared with the function itself."""

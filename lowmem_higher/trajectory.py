@@ -418,7 +418,14 @@ class Trajectory:
                 function = Function(
                     fn, args, optimizer.param_groups, self._rules, self._live.twin, attributes, trainable
                 )
-                scan = Scan(function, batches, self._verify, self._traces, self._replays.compiler)
+                scan = Scan(
+                    function,
+                    batches,
+                    self._verify,
+                    self._traces,
+                    self._replays.compiler,
+                    self.ledger.add_compile_seconds,
+                )
                 last, carry = scan.steps(carry, taken, self._carries, self.ledger, self._progress)
             except BaseException as reason:
                 self.ledger.steps = taken

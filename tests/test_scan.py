@@ -233,6 +233,22 @@ def test_passes_are_those_of_single_steps() -> None:
         assert (diffopt.report.first_order_runs, diffopt.report.second_order_runs) == (runs, 30)
 
 
+def test_the_time_spent_tracing_is_reported_where_it_is_spent() -> None:
+    found = []
+    net, batches = mlp().double(), [torch.randn(4, 3, dtype=torch.float64) for _ in range(4)]
+    for _ in range(2):
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        context = lowmem_higher.innerloop_ctx(net, opt, copy_initial_weights=False, checkpoint_every=2, compile="trace")
+        with context as (fnet, diffopt):
+            diffopt.scan(lambda fnet, x: fnet(x).square().mean(), batches)
+            in_loop = diffopt.report.compile_seconds
+            fnet(batches[0]).sum().backward()
+        found.append((in_loop, diffopt.report.compile_seconds - in_loop))
+    (loop, backward), again = found
+    assert loop > 0.0 < backward
+    assert again == (0.0, 0.0)  # the traces are those of the model
+
+
 def test_memory_does_not_grow_and_is_freed() -> None:
     peaks = {}
     for steps in (20, 200):
