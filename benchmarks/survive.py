@@ -3,6 +3,7 @@
     python benchmarks/survive.py            # kill -9 at 50 random moments in the loop and in the backward; full disks
     python benchmarks/survive.py --quick    # 4 and 4, and disks at 3 moments; writes nothing
     python benchmarks/survive.py --only disk
+    python benchmarks/survive.py --only ranks  # kill -9 of one of two processes
 
 `tests/survivor.py` does it: a run with BatchNorm, dropout, Adam with a learnable rate, noisy batches and three terms of
 the outer loss, cut into pieces of five steps. A run is killed up to eight times, each at a moment drawn evenly over its
@@ -12,6 +13,9 @@ the bit that of a run without files, and nothing may be left in the directory.
 `tests/full_disk.py` fills disks: small ones of their own (a tmpfs, which needs the right to mount), filled by another
 file while the run reads its batches, up to the last byte, the last pages, or the last name. Then the same call is made
 again, on the disk that is still full and on one with room.
+
+`tests/rank_survivor.py` kills one of two processes (gloo) that share a run_dir, drawn by chance; the other one has to see
+that and end, and both are started again.
 """
 
 from __future__ import annotations
@@ -98,13 +102,42 @@ def of_disks(result: dict[str, Any]) -> str:
     return "\n\n".join([f"`{result['command']}`", measured, "\n".join(rows)])
 
 
-SECTIONS = {"kills": ("survive", kill, of_kills), "disk": ("disk", fill, of_disks)}
+def kill_ranks(quick: bool, kills: int, seed: int) -> dict[str, Any]:
+    """Kill one of two processes; a sixth of the kills, since each takes two processes that start."""
+    found = {}
+    for form in ("data-parallel", "sharded"):
+        with tempfile.TemporaryDirectory() as folder:
+            count = 1 if quick else max(1, kills // 6)
+            command = [sys.executable, "tests/rank_survivor.py", "kills", folder, form, str(count), str(seed)]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "QUIET": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        found[form] = json.loads(done.stdout.splitlines()[-1])
+    return {"forms": found, "not_the_same_bits": sum(one["not_the_same_bits"] for one in found.values())}
+
+
+def of_ranks(result: dict[str, Any]) -> str:
+    """What the README shows of them."""
+    rows = ["| model | kills in the loop | in the backward | before a file | runs | not the same bits | slowest end |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for form, one in result["forms"].items():
+        kills = " | ".join(str(one["kills"][phase]) for phase in ("loop", "backward", "outside"))
+        rows.append(f"| {form} | {kills} | {one['runs']} | {one['not_the_same_bits']} | {one['slowest_end']:.2f} s |")
+    measured = f"Measured with {common.describe_environment(result['environment'])}."
+    end = "The slowest end is how long the other process took at most to see that, and to end."
+    return "\n\n".join([f"`{result['command']}`", measured, "\n".join(rows), end])
+
+
+SECTIONS = {
+    "kills": ("survive", kill, of_kills),
+    "disk": ("disk", fill, of_disks),
+    "ranks": ("survive_ranks", kill_ranks, of_ranks),
+}
 
 
 def main() -> int:
     """Kill, fill, print, save."""
     parser = argparse.ArgumentParser(description="runs that are killed, or whose disk is full")
-    parser.add_argument("--only", choices=SECTIONS, help="one of the two")
+    parser.add_argument("--only", choices=SECTIONS, help="one of them")
     parser.add_argument("--kills", type=int, default=50, help="in each phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="smoke test: a few of each, writes nothing")

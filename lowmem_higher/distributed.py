@@ -25,7 +25,8 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast, overload
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lowmem_higher.current_step import current_step
-from lowmem_higher.errors import RanksDifferError
+from lowmem_higher.errors import LowmemError, RanksDifferError
 from lowmem_higher.structure import is_dtensor
 
 _NORMS = 2  # numbers that stand for the weights in a handshake
@@ -219,26 +220,10 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 def agree(group: dist.ProcessGroup | None, what: str, details: str, device: torch.device) -> None:
     """Raise on all ranks unless all are about to do the same (D5), with the same weights (D6)."""
-    name = "" if group is None else group.group_name
-    _calls[name] += 1
-    digest = hashlib.sha256(f"{_calls[name]} {what} {details}".encode()).digest()
     step = current_step()
     compares = step is not None and not step.replayed and (step.time + 1) & step.time == 0
     norms = _norms(step.weights if step is not None and compares else ())
-    numbers = [float(int.from_bytes(digest[:6], "big")), *norms]
-    largest = torch.tensor([*numbers, *(-number for number in numbers)], dtype=torch.float64, device=device)
-    try:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        (high, *high_norms), (low, *low_norms) = largest.view(2, -1).tolist()
-        if high != -low:
-            raise RanksDifferError(_difference(group, f"collective {_calls[name]}: {what}", details))
-    except RanksDifferError:
-        raise
-    except RuntimeError as error:
-        raise RanksDifferError(
-            f"Another process is gone, or waits for something else, while this one (rank {dist.get_rank(group)}) came "
-            f"to collective {_calls[name]}, {what}. {_ADVICE}"
-        ) from error
+    high_norms, low_norms = _handshake(group, what, details, device, norms)
     if any(one + other > _DRIFT * abs(one) for one, other in zip(high_norms, low_norms, strict=True)):
         raise RanksDifferError(
             f"The ranks hold different weights in {step}: their norm is {high_norms[0]:.9g} on one and "
@@ -246,6 +231,58 @@ def agree(group: dist.ProcessGroup | None, what: str, details: str, device: torc
             "for tensor in model.state_dict().values(): torch.distributed.broadcast(tensor, 0), and pass "
             "grad_callback=lowmem_higher.distributed.average to every step."
         )
+
+
+def largest(
+    group: dist.ProcessGroup | None, what: str, device: torch.device, votes: tuple[float, float]
+) -> list[float]:
+    """The largest of what the ranks say, which are all about to do the same (D5)."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():  # inside a loop nobody is to see it
+        return _handshake(group, what, "", device, votes)[0]
+
+
+def gathered(group: dist.ProcessGroup | None, what: str, device: torch.device, value: Any) -> list[Any]:
+    """What the ranks say, in their order, which are all about to do the same (D5)."""
+    largest(group, what, device, (0.0, 0.0))
+    found: list[Any] = [None] * dist.get_world_size(group)
+    with unless_gone(group, what):
+        dist.all_gather_object(found, value, group=group)
+    return found
+
+
+@contextmanager
+def unless_gone(group: dist.ProcessGroup | None, what: str) -> Iterator[None]:
+    """Say where this rank was when a collective in the block failed."""
+    try:
+        yield
+    except LowmemError:
+        raise
+    except RuntimeError as error:
+        raise RanksDifferError(
+            f"Another process is gone, or waits for something else, while this one (rank {dist.get_rank(group)}) came "
+            f"to collective {_calls[_name(group)]}, {what}. {_ADVICE}"
+        ) from error
+
+
+def _handshake(
+    group: dist.ProcessGroup | None, what: str, details: str, device: torch.device, numbers: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """The largest of some numbers and of their negatives, if all are about to do the same."""
+    _calls[_name(group)] += 1
+    called = _calls[_name(group)]
+    digest = hashlib.sha256(f"{called} {what} {details}".encode()).digest()
+    given = [float(int.from_bytes(digest[:6], "big")), *numbers]
+    shaken = torch.tensor([*given, *(-number for number in given)], dtype=torch.float64, device=device)
+    with unless_gone(group, what):
+        dist.all_reduce(shaken, dist.ReduceOp.MAX, group=group)
+        (high, *highs), (low, *lows) = shaken.view(2, -1).tolist()
+        if high != -low:
+            raise RanksDifferError(_difference(group, f"collective {called}: {what}", details))
+    return highs, lows
+
+
+def _name(group: dist.ProcessGroup | None) -> str:
+    return "" if group is None else group.group_name
 
 
 _calls: Counter[str] = Counter()  # by group

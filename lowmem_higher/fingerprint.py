@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_higher.agreement import Alone
 from lowmem_higher.loop_function import LoopFunction
 from lowmem_higher.replay_state import ModuleState
 from lowmem_higher.settings import Settings
 from lowmem_higher.step_log import checksum_of
+from lowmem_higher.structure import is_dtensor, layout_of
 
 _MATTERS_NOT = ("progress", "store", "steps")
 _SHOWN = 200  # characters of a value in a message
@@ -28,6 +30,7 @@ def fingerprint_of(
     settings: Settings,
     context: Mapping[str, Any],
     function: LoopFunction,
+    ranks: Alone,
 ) -> Fingerprint:
     """What a run is made of, as plain values: names, shapes, numbers, and checksums of tensors."""
     named = list(model.named_parameters())
@@ -59,6 +62,9 @@ def fingerprint_of(
         "meta": {name: _shown(tensor) for name, tensor in zip(function.names, function.tensors, strict=True)},
         "batches": len(function.batches) if hasattr(function.batches, "__len__") else "a function",
         "loss_fn": _name(function.loss_fn),
+        "grad_callback": None if function.grad_callback is None else _name(function.grad_callback),
+        "processes": None if ranks.world == 1 else ranks.world,
+        "rank": None if ranks.world == 1 else ranks.rank,
         "outer": {str(step): _name(fn) for step, fn in function.terms.items()},
     }
 
@@ -98,7 +104,8 @@ def _shown(value: Any) -> Any:
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device.type}"
+    spread = f", {layout_of(tensor)}" if is_dtensor(tensor) else ""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device.type}{spread}"
 
 
 def _name(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem_higher.errors import RecordError
 from lowmem_higher.flat import NotTraceableError
-from lowmem_higher.optim.base import DifferentiableOptimizer
+from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback
 from lowmem_higher.replay_state import capture_rng, same_rng, write_rng
 from lowmem_higher.step_log import StepLog
 
@@ -32,6 +32,7 @@ class LoopFunction:
         meta: What it is differentiated by, besides the initial weights.
         log: What batches and losses of earlier runs are compared with.
         verify: Whether they are.
+        grad_callback: That of every step.
     """
 
     loss_fn: Callable[..., Tensor]
@@ -40,6 +41,7 @@ class LoopFunction:
     meta: Meta
     log: StepLog
     verify: bool
+    grad_callback: GradCallback | None = None
     _taken: Tensor | None = None
     _taking: bool = False
 
@@ -81,7 +83,7 @@ class LoopFunction:
         """Take a step."""
         self._taking = True
         try:
-            diffopt.step(self, step, *self.tensors)
+            diffopt.step(self, step, *self.tensors, grad_callback=self.grad_callback)
         finally:
             self._taking = False
         taken, self._taken = self._taken, None
@@ -91,7 +93,7 @@ class LoopFunction:
     def scan(self, diffopt: DifferentiableOptimizer, start: int, stop: int) -> bool:
         """Take the steps from `start` to `stop` by traces; False, and nothing is changed, where that can't be."""
         executor = diffopt._executor
-        if executor is None or start == stop:
+        if executor is None or start == stop or self.grad_callback is not None:
             return False
         devices = {tensor.device for tensor in diffopt._fmodel._view.current if tensor.is_cuda}
         before = capture_rng(devices)

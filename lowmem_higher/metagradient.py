@@ -5,25 +5,31 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowmem_higher.agreement import Alone, Ranks, together_in
 from lowmem_higher.fingerprint import fingerprint_of
 from lowmem_higher.innerloop import inner_loop
 from lowmem_higher.interrupts import Interrupts
 from lowmem_higher.loop_function import LoopFunction, Meta, Outer
+from lowmem_higher.optim.base import GradCallback
 from lowmem_higher.piece_plan import PiecePlan
 from lowmem_higher.pieces import Pieces
 from lowmem_higher.progress import Work
+from lowmem_higher.rank_files import opened_together
 from lowmem_higher.report import Report
 from lowmem_higher.resumable import Resumable
-from lowmem_higher.run_directory import opened
+from lowmem_higher.run_directory import RunFiles, opened
 from lowmem_higher.schedule import Periodic, Revolve
 from lowmem_higher.settings import Settings
+from lowmem_higher.sharded import reshard
 from lowmem_higher.step_log import StepLog
 
 CHECKPOINTS = 30  # where nothing else is asked for
@@ -79,6 +85,8 @@ def metagradient(
     outer: Outer | Mapping[int, Outer],
     meta: Meta = (),
     run_dir: str | os.PathLike[str] | None = None,
+    grad_callback: GradCallback | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool | str = True,
     **settings: Any,
 ) -> MetaGradient:
@@ -108,7 +116,13 @@ def metagradient(
         run_dir: A directory for the files of this run, made if it is not there. If the process is killed, the same call
             goes on from there and returns the same gradients, to the bit on the same machine. Nothing is left in it
             after success: the result is what is returned. One run at a time; another model, optimizer, `meta`, number
-            of steps or setting is refused as long as there are files of this one.
+            of steps or setting is refused as long as there are files of this one. Several processes that run one loop
+            together (`grad_callback`, sharded weights) share one directory, which all of them see.
+        grad_callback: That of every step, as in `diffopt.step`: data-parallel, `lowmem_higher.distributed.average`. It
+            is called again at replays. What is returned is this process's part, as without `metagradient`: gradients of
+            plain tensors are still to be averaged, `average(list(found.weights.values()))`.
+        group: The processes that share `run_dir`; None for all that there are. For a loop of each process alone:
+            `group=torch.distributed.new_subgroups(1)[0]`, and a directory for each.
         progress: True shows a bar on stderr, if that is a terminal, with the time to go; "always" also if it is a file.
             A trial of up to a hundredth of the steps comes first, so that the time is right from the start.
         settings: The keywords of `innerloop_ctx`: `checkpoints` (30, if nothing is said), `checkpoint_every`,
@@ -126,11 +140,14 @@ def metagradient(
     Raises:
         TypeError, ValueError: An argument cannot be used; the message says what can.
         ReplayMismatchError: A batch, or the loss of a step, is not what it was when the loop took that step.
-        RunDirectoryError: Another process works in `run_dir`, its run is another one, or its manifest is damaged.
+        RunDirectoryError: Another process works in `run_dir`, its run is another one or of another number of processes,
+            or its manifest is damaged. What one of several processes finds is raised on all of them.
         StoreError: A file cannot be written, or the disk has too little room for what will be; what was saved stays.
+        RanksDifferError: Another process is gone, or is at another place of the loop.
         RecordError: A forward reads what an earlier step left on the model and is no buffer (with `run_dir`).
         KeyboardInterrupt, SystemExit: With `run_dir`, Ctrl-C or SIGTERM came: the step, or the piece of the backward,
-            was finished and saved, and the command to go on was printed. A second signal ends at once.
+            was finished and saved, and the command to go on was printed. A second signal ends at once. A signal to
+            one of several processes ends all.
 
     Warns:
         CompileFallbackWarning: Under `compile` the steps cannot be traced; they are taken one by one.
@@ -139,12 +156,14 @@ def metagradient(
     Memory:
         That of `innerloop_ctx`, and no batch but the current one. A step leaves 5 KB of Python objects until its
         backward, so 500 MB at 100,000 steps; with `run_dir` those of 512 steps at most. The files take up to
-        `(checkpoints + 1) |carry|`, three times the gradients, the final weights and 12 bytes a step.
+        `(checkpoints + 1) |carry|`, three times the gradients, the final weights and 12 bytes a step. Of several
+        processes each writes its shards; what is equal on all is written once, gradients and the log by each.
 
     Passes:
         Those of `innerloop_ctx` with known `steps`, the optimum of the slots. With `run_dir` one first-order run more
         for each piece that is differentiated at once: 512 steps, or about half a minute. What a kill interrupts is run
-        again: up to one such piece, or a minute of the loop.
+        again: up to one such piece, or a minute of the loop. Several processes agree in each step of the loop, by 48
+        bytes, whether to save and whether a signal came.
 
     Example:
         >>> import torch, lowmem_higher as higher
@@ -167,16 +186,19 @@ def metagradient(
     References:
         Griewank and Walther, Algorithm 799: revolve, ACM Trans. Math. Softw. 26(1), 2000.
     """
-    function, chosen, context = _checked(loss_fn, batches, steps, outer, meta, progress, settings)
+    function, chosen, context = _checked(loss_fn, batches, steps, outer, meta, grad_callback, progress, settings)
     if run_dir is None:
         return _in_memory(function, model, opt, chosen, context, steps)
     plan = _planned(chosen, steps, function)
-    with opened(Path(run_dir)) as files:
-        fingerprint = fingerprint_of(model, opt, steps, chosen, context, function)
-        work = Work(progress)
+    ranks = together_in(group)
+    reshard(model)
+    with _files_in(Path(run_dir), ranks, [*model.parameters(), *function.tensors]) as files:
+        fingerprint = fingerprint_of(model, opt, steps, chosen, context, function, ranks)
+        work = Work(progress if ranks.rank == 0 else False)
         pieces = Pieces(function, model, opt, chosen, context, steps, work.ran)
         with Interrupts() as interrupts:
-            final, adjoint, report = Resumable(pieces, plan, function.log, files, fingerprint, interrupts, work).run()
+            run = Resumable(pieces, plan, function.log, files, fingerprint, interrupts, work, ranks)
+            final, adjoint, report = run.run()
         files.remove_run()
     reached = {
         name: adjoint.weights.get(index) if plan.end == 0 or index not in pieces.made else None
@@ -185,6 +207,10 @@ def metagradient(
     }
     of_meta = function.in_the_form_of_meta([adjoint.meta.get(index) for index in range(len(function.tensors))])
     return MetaGradient(final.outer, reached, of_meta, final.weights, final.buffers, report)
+
+
+def _files_in(path: Path, ranks: Alone, tensors: Sequence[Tensor]) -> AbstractContextManager[RunFiles]:
+    return opened_together(path, ranks, tensors) if isinstance(ranks, Ranks) else opened(path)
 
 
 def _in_memory(
@@ -227,6 +253,7 @@ def _checked(
     steps: object,
     outer: Any,
     meta: Any,
+    grad_callback: GradCallback | None,
     progress: bool | str,
     keywords: dict[str, Any],
 ) -> tuple[LoopFunction, Settings, dict[str, Any]]:
@@ -256,7 +283,7 @@ def _checked(
         chosen["checkpoints"] = CHECKPOINTS
     bounded = chosen.get("checkpoints") is not None or chosen.get("memory_budget") is not None
     settings = Settings(**chosen, steps=steps if bounded else None, progress=progress)
-    function = LoopFunction(loss_fn, batches, terms, meta, StepLog(steps), settings.verify != "off")
+    function = LoopFunction(loss_fn, batches, terms, meta, StepLog(steps), settings.verify != "off", grad_callback)
     return function, settings, {name: keywords.get(name) for name in sorted(_CONTEXT)}
 
 

@@ -34,6 +34,7 @@ from lowmem_higher.run_states import Adjoint, Final, Point
 from lowmem_higher.schedule import Periodic
 from lowmem_higher.settings import Settings
 from lowmem_higher.step import StateKey, state_keys, state_leaf, state_tensors
+from lowmem_higher.structure import bytes_of, is_dtensor
 from lowmem_higher.trajectory import Trajectory
 
 WAY_STEPS = 256  # of a context that is dropped
@@ -167,8 +168,11 @@ class Pieces:
             point.time, {index: torch.ones_like(weight) for index, weight in point.start.weights.items()}, {}, {}
         )
 
-    def sizes(self) -> tuple[int, int, int]:
-        """The bytes of a carry, of an adjoint and of the end of the loop, in their files, about."""
+    def sizes(self, common: bool = True) -> tuple[int, int, int]:
+        """The bytes of a carry, of an adjoint and of the end of the loop, in their files, about.
+
+        Of several processes those of this one's part; what all have in `common` is in the carry of one of them.
+        """
         with self._context(None, self._settings_of_way(1)) as (fmodel, diffopt):
             weights, state = fmodel._view.current, diffopt.state
             trained = [index in diffopt.held and weight.requires_grad for index, weight in enumerate(weights)]
@@ -176,12 +180,13 @@ class Pieces:
                 grads = [torch.zeros_like(w) if moves else None for w, moves in zip(weights, trained, strict=True)]
                 with torch.no_grad():
                     _, state = diffopt.advance(weights, grads, state, diffopt.param_groups)
-            moving = sum(weight.nbytes for weight, moves in zip(weights, trained, strict=True) if moves)
-            of_state: int = sum(tensor.nbytes for tensor in state_tensors(state))
-            whole: int = sum(weight.nbytes for weight in weights)
-            buffers: int = sum(buffer.nbytes for buffer in fmodel.buffers())
-        of_meta = sum(tensor.nbytes for tensor in self._function.tensors)
-        return moving + of_state + buffers, whole + of_state + of_meta, whole + buffers
+            moving = [weight for weight, moves in zip(weights, trained, strict=True) if moves]
+            of_state: int = sum(map(bytes_of, state_tensors(state)))
+            whole: int = sum(map(bytes_of, weights))
+            buffers: int = sum(map(bytes_of, fmodel.buffers()))
+            carried = [tensor for tensor in (*moving, *state_tensors(state)) if common or is_dtensor(tensor)]
+        of_meta = sum(map(bytes_of, self._function.tensors))
+        return sum(map(bytes_of, carried)) + buffers, whole + of_state + of_meta, whole + buffers
 
     # Contexts
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import shlex
+import signal
 import sys
 import time
 from base64 import b64decode, b64encode
@@ -20,6 +21,7 @@ from typing import NoReturn
 
 import torch
 
+from lowmem_higher.agreement import Alone
 from lowmem_higher.errors import RunDirectoryError
 from lowmem_higher.fingerprint import Fingerprint, differences
 from lowmem_higher.interrupts import Interrupts
@@ -53,6 +55,7 @@ class Resumable:
         fingerprint: Of this call.
         interrupts: Whether a signal came.
         work: Is told how far the run is.
+        ranks: The processes that run this loop together. Whatever depends on time or on signals they decide together.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Resumable:
         fingerprint: Fingerprint,
         interrupts: Interrupts,
         work: Work,
+        ranks: Alone,
     ) -> None:
         self._pieces, self._plan, self._log, self._files = pieces, plan, log, files
         self._fingerprint, self._interrupts, self._work = fingerprint, interrupts, work
+        self._ranks = ranks
         self._rng: RngState = ()  # where the run began
         self._adjoint: Adjoint | None = None
         self._here: Point | None = None  # where the run stands on a way
@@ -96,10 +101,17 @@ class Resumable:
         return final, self._adjoint, self._pieces.report
 
     def _signalled(self) -> bool:
-        return self._interrupts.received is not None
+        return self._asked("a look for signals", overdue=False)
 
     def _stops(self) -> bool:
-        return self._signalled() or self._overdue()
+        return self._asked("a look for signals and at the clock", self._overdue())
+
+    def _asked(self, what: str, overdue: bool) -> bool:
+        """Whether a signal came to any of the ranks, or one of them is overdue."""
+        number, late = self._ranks.most(what, self._interrupts.received or 0, overdue)
+        if number:
+            self._interrupts.received = signal.Signals(int(number))
+        return bool(number or late)
 
     def _finished(self) -> Final:
         while True:
@@ -132,14 +144,15 @@ class Resumable:
             files.check_space(self._bytes_needed())
             files.write_manifest(self._fingerprint, _encoded(rng))
             return
-        other = differences(manifest["fingerprint"], self._fingerprint)
-        if other:
-            listed = "\n  ".join(other)
-            raise RunDirectoryError(
-                f"The run in {files.path} is another one, and a gradient of two would be wrong. What differs:\n  "
-                f"{listed}\nMake the call that was broken off, or give this one another run_dir, or give that one up: "
-                f"shutil.rmtree({str(files.path)!r})."
-            )
+        with self._ranks.together("comparing this run with that in run_dir"):
+            other = differences(manifest["fingerprint"], self._fingerprint)
+            if other:
+                listed = "\n  ".join(other)
+                raise RunDirectoryError(
+                    f"The run in {files.path} is another one, and a gradient of two would be wrong. What differs:\n  "
+                    f"{listed}\nMake the call that was broken off, or give this one another run_dir, or give that one "
+                    f"up: shutil.rmtree({str(files.path)!r})."
+                )
         self._rng = _decoded(manifest["random_states"])
         files.load_log(log)
         files.check_space(self._bytes_needed())
@@ -213,8 +226,8 @@ class Resumable:
         return self._plan.next(self._held(), self._position, self._longest_leaf()).stop > start
 
     def _longest_leaf(self) -> int:
-        seconds = self._pieces.step_seconds
-        if seconds is None:
+        seconds, _ = self._ranks.most("the length of a leaf", self._pieces.step_seconds or 0.0)
+        if seconds == 0.0:
             return LEAF_STEPS
         return min(LEAF_STEPS, max(FEWEST_STEPS, int(LEAF_SECONDS / LEAF_COST / seconds)))
 
@@ -265,7 +278,7 @@ class Resumable:
 
     def _bytes_needed(self) -> int:
         """At most, of all files."""
-        carry, adjoint, final = self._pieces.sizes()
+        carry, adjoint, final = self._pieces.sizes(common=self._ranks.rank == 0)
         schedule, steps = self._plan.schedule, self._plan.steps
         held = -(-steps // schedule.every) if isinstance(schedule, Periodic) else min(schedule.checkpoints, steps)
         files = held + 6
@@ -275,7 +288,7 @@ class Resumable:
 
     def _foresee(self) -> None:
         """Tell how much is to be done; of a long run, after a trial of a way and of a leaf."""
-        if not self._work.shown:
+        if not any(self._ranks.most("whether there is a bar", self._work.shown)):
             return
         weight, steps = 1.0, min(LEAF_STEPS, self._plan.steps // _TRIAL)
         if steps >= FEWEST_STEPS:
@@ -305,10 +318,12 @@ class Resumable:
         steps, at = self._plan.steps, "" if self._here is None else f" before step {self._here.time}"
         phase = "loop" if self._adjoint is None else f"backward, with {self._position} steps to go,"
         command = shlex.join([sys.executable, *sys.orig_argv[1:]])
-        sys.stderr.write(
-            f"\nmetagradient was stopped in the {phase}{at} of {steps}. All that it needs is saved in "
-            f"{self._files.path}, and the same call goes on from there:\n  {command}\n"
-        )
+        processes = f", in {self._ranks.world} processes" if self._ranks.world > 1 else ""
+        if self._ranks.rank == 0:
+            sys.stderr.write(
+                f"\nmetagradient was stopped in the {phase}{at} of {steps}. All that it needs is saved in "
+                f"{self._files.path}, and the same call goes on from there{processes}:\n  {command}\n"
+            )
         raise self._interrupts.error()
 
 

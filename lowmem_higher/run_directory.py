@@ -27,7 +27,7 @@ import shutil
 import socket
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +37,15 @@ import torch
 from torch import Tensor
 
 from lowmem_higher.errors import DamagedFileWarning, ExternalModifiedError, RunDirectoryError, StoreError
-from lowmem_higher.packing import Constants, Place, Unpacked, pack
+from lowmem_higher.packing import Constants, Packed, Place, Unpacked, pack
 from lowmem_higher.report import format_bytes
 from lowmem_higher.span_files import described, read_file, sync_directory, write_file
 from lowmem_higher.step_log import RECORD, StepLog
 
 VERSION = 1
-_MAGIC = "lowmem_higher run"
+MAGIC = "lowmem_higher run"
 _NAME = re.compile(r"(carry|newest|adjoint|final)(?:-(\d+))?\.tensors")
-_OURS = re.compile(r"(carry|newest|adjoint|final)(-\d+)?\.(tensors|part)|manifest\.(json|part)|steps\.log")
+_OURS = re.compile(r"(carry|newest|adjoint|final)(-\d+)?(\.(tensors|part))?|manifest\.(json|part)|steps(-\d+)?\.log")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class RunFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.run = ""
+        self._log_path = path / "steps.log"
         self._log_checksums: dict[int, int] = {0: 0}
         self._written = 0  # steps of the log that are in the file
 
@@ -90,7 +91,7 @@ class RunFiles:
         try:
             manifest: dict[str, Any] = json.loads(text)
             checksum, version = manifest.pop("checksum"), manifest["version"]
-            whole = checksum == _checksum_of(manifest) and manifest["magic"] == _MAGIC
+            whole = checksum == checksum_of_json(manifest) and manifest["magic"] == MAGIC
         except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
         if not whole:
@@ -100,17 +101,18 @@ class RunFiles:
         self.run = manifest["run"]
         return manifest
 
-    def write_manifest(self, fingerprint: Mapping[str, Any], rng: Mapping[str, str]) -> None:
+    def write_manifest(self, fingerprint: Mapping[str, Any], rng: Mapping[str, str], **more: Any) -> None:
         """Begin a run."""
         self.run = os.urandom(8).hex()
         manifest = {
-            "magic": _MAGIC,
+            "magic": MAGIC,
             "version": VERSION,
             "run": self.run,
             "fingerprint": dict(fingerprint),
             "random_states": dict(rng),
+            **more,
         }
-        manifest["checksum"] = _checksum_of(manifest)
+        manifest["checksum"] = checksum_of_json(manifest)
         path = self.path / "manifest.json"
         with self._writing("The manifest", path):
             write_whole(path, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -135,30 +137,36 @@ class RunFiles:
             StoreError: It cannot be written; what was there before is as it was.
         """
         self._save_log(log, log.count)
-        names, path = list(tensors), self._file(kind, time)
-        packed, spans = pack(_Tensors(list(tensors.values())), time, Constants())
+        path = self._file(kind, time)
+        packed, spans = pack(Tensors(list(tensors.values())), time, Constants())
         places = [place for place in packed.places if isinstance(place, Place)]
-        if len(places) < len(names):
-            odd = names[next(i for i, place in enumerate(packed.places) if isinstance(place, Unpacked))]
-            raise StoreError(
-                f"{odd} is more than a strided tensor (sparse, quantized, a subclass), of which run_dir keeps no copy. "
-                "Leave run_dir out, or use dense tensors: tensor.to_dense()."
-            )
-        header = {
-            "magic": _MAGIC,
+        if len(places) < len(tensors):
+            raise odd_tensor(tensors, packed.places)
+        header = {**self._header(kind, time, tensors, facts, log, packed), "tensors": described(places)}
+        with self._writing(f"{kind}-{time}", path):
+            write_file(path, json.dumps(header).encode() + b"\n", spans, durable=True)
+
+    def _header(
+        self,
+        kind: str,
+        time: int,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        log: StepLog,
+        packed: Packed[Tensors],
+    ) -> dict[str, Any]:
+        return {
+            "magic": MAGIC,
             "version": VERSION,
             "run": self.run,
             "kind": kind,
             "time": time,
             "log": [log.count, self._log_checksums[log.count]],
             "facts": dict(facts),
-            "names": names,
+            "names": list(tensors),
             "span_bytes": packed.sizes,
             "devices": list(map(str, packed.devices)),
-            "tensors": described(places),
         }
-        with self._writing(f"{kind}-{time}", path):
-            write_file(path, json.dumps(header).encode() + b"\n", spans, durable=True)
 
     def load(self, kind: str, time: int, log: StepLog) -> Saved | None:
         """What a file holds; None, with a warning, if it is damaged: then it is gone."""
@@ -168,16 +176,19 @@ class RunFiles:
         except OSError as error:
             saved, fault = None, f"it cannot be read: {error.strerror}"
         if saved is None:
-            warnings.warn(
-                DamagedFileWarning(
-                    f"{path} is damaged, {fault}. It was removed, and nothing was computed from it: the run goes on "
-                    "from an earlier state, which takes more passes for the same gradient. See to the disk, or give "
-                    "another one: run_dir=..."
-                ),
-                stacklevel=2,
-            )
-            self.remove(kind, time)
+            self._give_up(kind, time, fault)
         return saved
+
+    def _give_up(self, kind: str, time: int, fault: str) -> None:
+        warnings.warn(
+            DamagedFileWarning(
+                f"{self._file(kind, time)} is damaged, {fault}. It was removed, and nothing was computed from it: the "
+                "run goes on from an earlier state, which takes more passes for the same gradient. See to the disk, "
+                "or give another one: run_dir=..."
+            ),
+            stacklevel=3,
+        )
+        self.remove(kind, time)
 
     def _read(self, path: Path, kind: str, time: int, log: StepLog) -> tuple[Saved | None, str]:
         with path.open("rb") as file:
@@ -190,17 +201,23 @@ class RunFiles:
             return None, "its first line is not what was written"
         if fault is not None:
             return None, fault
-        if (header["magic"], header["version"]) != (_MAGIC, VERSION) or header["run"] != self.run:
-            return None, "it is of another run"
-        if (header["kind"], header["time"]) != (kind, time):
-            return None, f"it was {header['kind']}-{header['time']} and has been renamed"
-        count, checksum = header["log"]
-        if count > log.count or self._checksum_until(log, count) != checksum:
-            return None, f"the {count} steps of steps.log that it goes with are not there as they were written"
+        if stray := self._stray(header, kind, time, log):
+            return None, stray
         moved = [span.to(device) for span, device in zip(spans, devices, strict=True)]
         with torch.no_grad():
-            tensors = [_place(entry).tensor(moved[entry["span"]]) for entry in header["tensors"]]
-        return Saved(time, count, dict(zip(names, tensors, strict=True)), header["facts"]), ""
+            tensors = [place_of(entry).tensor(moved[entry["span"]]) for entry in header["tensors"]]
+        return Saved(time, header["log"][0], dict(zip(names, tensors, strict=True)), header["facts"]), ""
+
+    def _stray(self, header: Mapping[str, Any], kind: str, time: int, log: StepLog) -> str:
+        """Why a file that is whole does not belong here; empty if it does."""
+        if (header["magic"], header["version"]) != (MAGIC, VERSION) or header["run"] != self.run:
+            return "it is of another run"
+        if (header["kind"], header["time"]) != (kind, time):
+            return f"it was {header['kind']}-{header['time']} and has been renamed"
+        count, checksum = header["log"]
+        if count > log.count or self._checksum_until(log, count) != checksum:
+            return f"the {count} steps of {self._log_path.name} that it goes with are not there as they were written"
+        return ""
 
     def remove(self, kind: str, time: int) -> None:
         """Remove a file, if it is there."""
@@ -215,7 +232,7 @@ class RunFiles:
     def load_log(self, log: StepLog) -> None:
         """Read what there is of the log; how much of it is true shows when files are loaded."""
         with suppress(FileNotFoundError):
-            log.fill((self.path / "steps.log").read_bytes())
+            log.fill(self._log_path.read_bytes())
         self._written = log.count
 
     def cut_log(self, log: StepLog, count: int) -> None:
@@ -229,7 +246,7 @@ class RunFiles:
             self._log_checksums[count] = self._checksum_until(log, count)
         if count <= self._written:
             return
-        path = self.path / "steps.log"
+        path = self._log_path
         with self._writing("The log of the steps", path), path.open("r+b" if path.exists() else "xb") as file:
             file.seek(self._written * RECORD)
             file.write(log[self._written : count])
@@ -251,19 +268,22 @@ class RunFiles:
                 self.remove(kind, time)
         with suppress(FileNotFoundError):
             (self.path / "manifest.json").unlink()
-        self.remove_leftovers()
+        self._remove_ours()
 
     def remove_leftovers(self) -> None:
         """Remove whatever belongs to no run any more; files that are not ours stay."""
+        self._remove_ours()
+
+    def _remove_ours(self) -> None:
         for entry in list(self.path.iterdir()):
             if _OURS.fullmatch(entry.name):
-                entry.unlink()
+                discard(entry)
 
     def remove_parts(self) -> None:
         """Remove what a killed process was writing."""
         for entry in self.path.glob("*.part"):
             if _OURS.fullmatch(entry.name):
-                entry.unlink()
+                discard(entry)
 
     def check_space(self, needed: int) -> None:
         """Refuse to begin what will not fit.
@@ -271,7 +291,8 @@ class RunFiles:
         Raises:
             StoreError: There is too little room.
         """
-        there = sum(entry.stat().st_size for entry in self.path.iterdir() if _OURS.fullmatch(entry.name))
+        ours = [entry for entry in self.path.iterdir() if _OURS.fullmatch(entry.name)]
+        there = sum(part.stat().st_size for entry in ours for part in (entry, *entry.rglob("*")))
         free = shutil.disk_usage(self.path).free
         if needed - there > free:
             raise StoreError(
@@ -351,6 +372,14 @@ def _locked(path: Path) -> int:
         os.close(handle)
 
 
+def discard(entry: Path) -> None:
+    """Remove a file, or a directory with what is in it."""
+    if entry.is_dir():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a small file so that it is whole or absent, on the disk when this returns."""
     part = path.with_suffix(".part")
@@ -366,17 +395,28 @@ def write_whole(path: Path, content: bytes) -> None:
             part.unlink(missing_ok=True)
 
 
-def _checksum_of(manifest: Mapping[str, Any]) -> int:
+def checksum_of_json(manifest: Mapping[str, Any]) -> int:
+    """The CRC-32 of what JSON holds."""
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
-def _place(entry: Mapping[str, Any]) -> Place:
+def odd_tensor(tensors: Mapping[str, Tensor], places: Sequence[object]) -> StoreError:
+    """Says which of the tensors could not be packed."""
+    odd = next(name for name, place in zip(tensors, places, strict=True) if isinstance(place, Unpacked))
+    return StoreError(
+        f"{odd} is more than a strided tensor (sparse, quantized, a subclass), of which run_dir keeps no copy. Leave "
+        "run_dir out, or use dense tensors: tensor.to_dense()."
+    )
+
+
+def place_of(entry: Mapping[str, Any]) -> Place:
+    """How a tensor lies in its span, by its description."""
     dtype = getattr(torch, entry["dtype"])
     shape, stride = tuple(entry["shape"]), tuple(entry["stride"])
     return Place(entry["span"], dtype, shape, stride, entry["offset"], entry["conjugated"], entry["negated"])
 
 
-class _Tensors:
+class Tensors:
     """Tensors with names, as `pack` wants them."""
 
     modified = None
@@ -402,6 +442,6 @@ class _Tensors:
         """What it is."""
         return f"what step {time} starts from"
 
-    def taken_apart(self) -> tuple[list[Tensor], Callable[[list[Tensor]], _Tensors]]:
+    def taken_apart(self) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensors]]:
         """The tensors, and the function that would make it from them."""
-        return self._tensors, _Tensors
+        return self._tensors, Tensors

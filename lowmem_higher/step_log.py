@@ -14,7 +14,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from lowmem_higher.errors import ReplayMismatchError
 from lowmem_higher.packing import is_strided
 from lowmem_higher.span_files import memory_of
-from lowmem_higher.structure import flatten
+from lowmem_higher.structure import flatten, is_dtensor, layout_of, local
 
 RECORD = 12  # bytes of a step in the file
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
@@ -106,6 +106,9 @@ def _of_tensor(tensor: Tensor, checksum: int) -> int:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # made inside a transform
         tensor = torch._C._functorch.get_unwrapped(tensor)
     checksum = zlib.crc32(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
+    if is_dtensor(tensor):
+        checksum = zlib.crc32(layout_of(tensor).encode(), checksum)
+        tensor = local(tensor)
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     if not is_strided(tensor):

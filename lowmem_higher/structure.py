@@ -127,6 +127,12 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def layout_of(tensor: Any) -> str:
+    """How a DTensor is spread over which processes."""
+    mesh = tensor.device_mesh
+    return f"{[*map(str, tensor.placements)]} over {mesh.mesh.tolist()} {mesh.mesh_dim_names}"
+
+
 def bytes_of(tensor: Tensor) -> int:
     """The bytes of a tensor's elements; those of a sparse one's parts."""
     tensor = local(tensor)

@@ -438,11 +438,11 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_format_of_another_version_is_refused(broken_runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(broken_runs["loop"], tmp_path / "run")
-    files_of = __import__("lowmem_higher.run_directory", fromlist=["_checksum_of"])
+    files_of = __import__("lowmem_higher.run_directory", fromlist=["checksum_of_json"])
     path = tmp_path / "run" / "manifest.json"
     manifest = {**json.loads(path.read_text()), "version": 2}
     del manifest["checksum"]
-    path.write_text(json.dumps({**manifest, "checksum": files_of._checksum_of(manifest)}))
+    path.write_text(json.dumps({**manifest, "checksum": files_of.checksum_of_json(manifest)}))
     with pytest.raises(higher.RunDirectoryError, match="written in version 2"):
         go_on(tmp_path / "run")
 

@@ -21,7 +21,11 @@ class Process(NamedTuple):
 
 @contextmanager
 def process_group() -> Iterator[Process]:
-    """Join the group of torchrun's processes, by NCCL on GPUs and by gloo on CPUs; alone where there is none."""
+    """Join the group of torchrun's processes, by NCCL on GPUs and by gloo on CPUs; alone where there is none.
+
+    torchrun of PyTorch 2.13 keeps its store when it starts processes again, and these may find the addresses of those
+    that died; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new one.
+    """
     on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpus else torch.device("cpu")
     if on_gpus:
