@@ -14,8 +14,8 @@ the bit that of a run without files, and nothing may be left in the directory.
 file while the run reads its batches, up to the last byte, the last pages, or the last name. Then the same call is made
 again, on the disk that is still full and on one with room.
 
-`tests/rank_survivor.py` kills one of two processes (gloo) that share a run_dir, drawn by chance; the other one has to see
-that and end, and both are started again.
+`tests/rank_survivor.py` kills one of two processes (gloo) that share a run_dir, drawn by chance; the other one has to
+see that and end, and both are started again.
 """
 
 from __future__ import annotations
