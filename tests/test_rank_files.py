@@ -76,6 +76,8 @@ def assert_damage(ranks: list[dict[str, Any]]) -> None:
         assert all("It was removed, and nothing was computed from it" in text for text in said)
         rank = 1 if "rank 1" in name else 0
         assert all(f"rank {rank}: " in text for text in said), name
+        if "a bit of rank 1's shard" in name:
+            assert all("rank 1: the checksum of __1_0.distcp is" in text for text in said)
 
 
 def assert_other_worlds(groups: list[list[str]]) -> None:
