@@ -13,6 +13,7 @@ from lowmem_higher.errors import RecordError
 from lowmem_higher.flat import NotTraceableError
 from lowmem_higher.optim.base import DifferentiableOptimizer, GradCallback
 from lowmem_higher.replay_state import capture_rng, same_rng, write_rng
+from lowmem_higher.scan import warn_of_loop
 from lowmem_higher.step_log import StepLog
 
 Meta = Mapping[str, Tensor] | Sequence[Tensor]
@@ -93,7 +94,10 @@ class LoopFunction:
     def scan(self, diffopt: DifferentiableOptimizer, start: int, stop: int) -> bool:
         """Take the steps from `start` to `stop` by traces; False, and nothing is changed, where that can't be."""
         executor = diffopt._executor
-        if executor is None or start == stop or self.grad_callback is not None:
+        if executor is None or start == stop:
+            return False
+        if self.grad_callback is not None:
+            warn_of_loop("it has a grad_callback", stacklevel=5)
             return False
         devices = {tensor.device for tensor in diffopt._fmodel._view.current if tensor.is_cuda}
         before = capture_rng(devices)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from lowmem_higher.alike import PLAIN, agree, form_of, same_attributes, standing_for, state_positions, traceable
 from lowmem_higher.carries import Carries
-from lowmem_higher.errors import ExternalModifiedError, ReplayMismatchError
+from lowmem_higher.errors import CompileFallbackWarning, ExternalModifiedError, ReplayMismatchError
 from lowmem_higher.flat import FlatGraph, NotTraceableError, traced
 from lowmem_higher.ledger import Ledger
 from lowmem_higher.live_module import Twin
@@ -688,6 +689,15 @@ class Scan:
             "reads something in Python that changes and is no argument (a global, a list, a counter). Let it be a "
             "part of the batch, or run the steps as they are: innerloop_ctx(..., compile=False)."
         )
+
+
+def warn_of_loop(reason: str, stacklevel: int) -> None:
+    """Say why the steps of a scan are taken one by one."""
+    warnings.warn(
+        f"A scan is run as a loop of steps, since {reason}. The gradient is the same.",
+        CompileFallbackWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _given(carry: Carry) -> Carry:

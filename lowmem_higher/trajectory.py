@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import time
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -19,7 +18,7 @@ from lowmem_higher.budget import Sizes
 from lowmem_higher.carries import Carries
 from lowmem_higher.current_step import CurrentStep
 from lowmem_higher.custom_rules import advance_first, is_custom
-from lowmem_higher.errors import CompileFallbackWarning, ExternalModifiedError, RecordError
+from lowmem_higher.errors import ExternalModifiedError, RecordError
 from lowmem_higher.fast_weights import copied
 from lowmem_higher.flat import NotTraceableError
 from lowmem_higher.holdings import Hint, Holdings
@@ -44,7 +43,7 @@ from lowmem_higher.pullback import Replay, TorchReplay, attach, inputs_of, outpu
 from lowmem_higher.record import BufferState, Node, Recorder, version_of
 from lowmem_higher.replay_state import Ambient, ModuleState, RngState, capture_rng, same_rng
 from lowmem_higher.report import Report
-from lowmem_higher.scan import Function, Known, Scan, Scanned, ScanStep
+from lowmem_higher.scan import Function, Known, Scan, Scanned, ScanStep, warn_of_loop
 from lowmem_higher.schedule import Schedule
 from lowmem_higher.step import (
     Carry,
@@ -432,11 +431,7 @@ class Trajectory:
                 if not isinstance(reason, NotTraceableError):
                     raise
                 if self._traces is not None:
-                    warnings.warn(
-                        f"A scan is run as a loop of steps, since {reason}. The gradient is the same.",
-                        CompileFallbackWarning,
-                        stacklevel=3,
-                    )
+                    warn_of_loop(f"{reason}", stacklevel=4)
                 return False
             layout = scan.layout(weights, state, carry)
             record = Scanned(layout, last)

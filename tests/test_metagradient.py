@@ -191,6 +191,15 @@ def test_compiled_with_named_meta_and_a_list(scanned: list[int]) -> None:
     assert scanned == [2, 4]
 
 
+def test_a_callback_goes_step_by_step_under_compile(scanned: list[int]) -> None:
+    clipped = {"grad_callback": higher.clip_grad_norm(0.1), "checkpoints": 2}
+    expected = Traceable("sgd").run(12, **clipped)
+    with pytest.warns(higher.CompileFallbackWarning, match="loop of steps, since it has a grad_callback"):
+        assert same(Traceable("sgd").run(12, compile="trace", **clipped), expected)
+    assert not same(Traceable("sgd").run(12, checkpoints=2), expected)
+    assert scanned == []
+
+
 def test_draws_of_a_batch_or_of_the_model_go_step_by_step(scanned: list[int]) -> None:
     for problem, reason in ((Problem("sgd"), "a batch draws"), (Traceable("sgd"), "it draws")):
         if isinstance(problem, Traceable):
