@@ -1,6 +1,6 @@
 """How do time, memory and passes compare with `higher`, on one tiny, one dense and one convolutional net?
 
-    python benchmarks/vs_higher.py            # the table of benchmarks/README.md; about 25 minutes on 2 idle cores
+    python benchmarks/vs_higher.py            # the table of benchmarks/README.md; about an hour
     python benchmarks/vs_higher.py --quick    # a smoke test; writes nothing
 
 One round runs every rival once; rounds are repeated and the starting rival rotates, so that a slow minute of the
