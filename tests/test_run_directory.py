@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -450,6 +450,15 @@ def test_a_format_of_another_version_is_refused(broken_runs: dict[str, Path], tm
 # ------------------------------------------------------------------------------------------------ signals
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises, which is ignored in a job that was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("read", [3, 13, 17, 31])
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_ends_the_run_with_all_saved(
@@ -484,6 +493,7 @@ def test_a_signal_ends_the_run_with_all_saved(
     assert problem.reads + again.reads <= whole.reads + 2 * CUT["LEAF_STEPS"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_ends_at_once(tmp_path: Path, expected: list[torch.Tensor]) -> None:
     problem = Problem()
 
